@@ -1,0 +1,215 @@
+"""compressed-tensors: the format vLLM, SGLang and transformers load (quant_method "compressed-tensors").
+
+Per quantized linear, by `format` (compressed-tensors 0.20, compressors/):
+- pack-quantized: `weight_packed` int32 [out, ceil(in*b/32)], code q + 2**(b-1), element i at bit i*b, least
+  significant first, across word borders; `weight_scale` [out, G]; `weight_shape` int64 [2]; asymmetric:
+  `weight_zero_point` int32 packed the same way along the *output* dimension, [ceil(out*b/32), G].
+- int-quantized: `weight` int8 [out, in], `weight_scale` [out, 1].
+- float-quantized: `weight` float8_e4m3fn [out, in], `weight_scale` [out, 1] or [1].
+
+A row of 32-bit words read as bytes is fewbits' canonical packing padded to whole words, and the offset
+code is the canonical level index, so packing changes no code. What this format cannot say (tables such as
+NF4, groups that do not divide the input dimension, E5M2) is written in the native format instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.checkpoints.base import Source
+from fewbits.core.errors import BadInput, Unsupported
+from fewbits.formats import Format, Quantized, parse_format
+from fewbits.formats import bits as packing
+
+QUANT_METHOD = "compressed-tensors"
+_VERSION = "0.20.0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedModule:
+    """One quantized linear of a checkpoint: its weight and, if any, the format of its activations."""
+
+    weight: Quantized
+    activations: Format | None = None
+
+
+def refuses(format: Format, activations: Format | None, shape: tuple[int, int]) -> str | None:
+    """Why compressed-tensors cannot say this layer, or None if it can."""
+    scaling, kind = format.scaling, format.grid.kind
+    if kind == "table" or format.grid.name in ("fp8_e5m2", "fp4_e2m1"):
+        return f"it has no {format.grid.name} with these scales"
+    if scaling.block == "group" and scaling.group_size and shape[1] % scaling.group_size:
+        return f"groups of {scaling.group_size} do not divide the input dimension {shape[1]}"
+    if kind == "float" and scaling.block == "group":
+        return "it has no group scales for FP8"
+    if scaling.zero_point and scaling.block == "tensor":
+        return "it packs no zero point per tensor"
+    if activations is not None and activations.scaling.block != "token":
+        return f"activations as {activations.name} are not dynamic per token"
+    return None
+
+
+def layout(format: Format, activations: Format | None) -> str:
+    """The value of `format` that describes such a layer."""
+    if format.grid.kind == "float":
+        return "float-quantized"
+    return "int-quantized" if format.bits == 8 and activations is not None else "pack-quantized"
+
+
+def _strategy(format: Format) -> str:
+    return "channel" if format.scaling.block == "token" else format.scaling.block
+
+
+def _arguments(format: Format, *, dynamic: bool) -> dict[str, Any]:
+    return {
+        "num_bits": format.bits,
+        "type": "float" if format.grid.kind == "float" else "int",
+        "symmetric": not format.scaling.zero_point,
+        "strategy": "token" if dynamic else _strategy(format),
+        "group_size": format.scaling.group_size,
+        "dynamic": dynamic,
+        "actorder": None,
+        "block_structure": None,
+        "observer": None if dynamic else "minmax",
+        "observer_kwargs": {},
+    }
+
+
+def quantization_config(format: Format, activations: Format | None, ignore: Iterable[str]) -> dict[str, Any]:
+    """`quantization_config` of config.json for a model whose linears, but for `ignore`, are of `format`."""
+    kind = layout(format, activations)
+    group = {
+        "targets": ["Linear"],
+        "weights": _arguments(format, dynamic=False),
+        "input_activations": None if activations is None else _arguments(activations, dynamic=True),
+        "output_activations": None,
+        "format": kind,
+    }
+    return {
+        "quant_method": QUANT_METHOD,
+        "format": kind,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": sorted(ignore),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "version": _VERSION,
+    }
+
+
+def _to_words(codes: Tensor, bits: int) -> Tensor:
+    packed = packing.pack(codes, bits)
+    return torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 4)).contiguous().view(torch.int32)
+
+
+def _from_words(words: Tensor, bits: int, count: int) -> Tensor:
+    packed = words.contiguous().view(torch.uint8)
+    length = packing.packed_length(count, bits)
+    if packed.shape[-1] != -(-length // 4) * 4:
+        raise BadInput(f"packed rows of {packed.shape[-1]} bytes; {count} codes of {bits} bits take {length}")
+    return packing.unpack(packed[..., :length].contiguous(), bits, count)
+
+
+def encode(weight: Quantized, activations: Format | None) -> dict[str, Tensor]:
+    """The tensors of one linear, by suffix. Raises Unsupported where `refuses` gives a reason."""
+    reason = refuses(weight.format, activations, weight.shape)
+    if reason is not None:
+        raise Unsupported(f"compressed-tensors cannot hold {weight.format.name}: {reason}; use the native format")
+    kind = layout(weight.format, activations)
+    scale = weight.scale.reshape(1) if weight.format.scaling.block == "tensor" else weight.scale
+    if kind == "float-quantized":
+        values = weight.format.grid.value(weight.codes)
+        return {"weight": values.to(torch.float8_e4m3fn), "weight_scale": scale}
+    bits = weight.format.bits
+    if kind == "int-quantized":
+        return {"weight": (weight.codes.short() - 128).to(torch.int8), "weight_scale": scale}
+    tensors = {
+        "weight_packed": _to_words(weight.codes, bits),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
+    }
+    if weight.zero is not None:
+        tensors["weight_zero_point"] = _to_words(weight.zero.t().contiguous(), bits).t().contiguous()
+    return tensors
+
+
+def _format_of(arguments: dict[str, Any], *, where: str) -> Format:
+    """The format that quantization arguments describe; Unsupported for what is not read here."""
+    bits, kind, strategy = arguments.get("num_bits"), arguments.get("type"), arguments.get("strategy")
+    if arguments.get("dynamic") not in (True, False, None):
+        raise Unsupported(f"{where}: dynamic={arguments['dynamic']!r} is not read by fewbits")
+    element = {("int", bits): f"int{bits}", ("float", 8): "fp8_e4m3"}.get((kind, bits))
+    if element is None or strategy not in ("tensor", "channel", "group", "token"):
+        raise Unsupported(f"{where}: {bits}-bit {kind} per {strategy} is not read by fewbits; load it with vLLM or transformers")
+    zero = "" if arguments.get("symmetric", True) else "-asym"
+    block = f"g{arguments.get('group_size')}" if strategy == "group" else strategy
+    return parse_format(f"{element}{zero}-{block}")
+
+
+def _targets(group: dict[str, Any], module: str) -> bool:
+    for target in group.get("targets", []):
+        if target == "Linear" or target == module:
+            return True
+        if target.startswith("re:") and re.match(target[3:], module):
+            return True
+    return False
+
+
+def quantized_modules(source: Source) -> dict[str, dict[str, Any]]:
+    """Module name -> its config group, for every module of `source` that holds quantized tensors."""
+    config = source.config().get("quantization_config", {})
+    groups = list(config.get("config_groups", {}).values())
+    names = source.names()
+    present = set(names)
+    modules = [name.removesuffix(".weight_packed") for name in names if name.endswith(".weight_packed")]
+    modules += [
+        name.removesuffix(".weight_scale")
+        for name in names
+        if name.endswith(".weight_scale") and f"{name.removesuffix('_scale')}" in present
+    ]
+    found = {}
+    for module in modules:
+        group = next((group for group in groups if _targets(group, module)), None)
+        if group is None:
+            raise BadInput(f"{module}: quantized in the file, but no group of quantization_config names it")
+        found[module] = group
+    return found
+
+
+def decode(source: Source, module: str, group: dict[str, Any]) -> DecodedModule:
+    """Reads one linear back as codes; exactly what was written, no rounding."""
+    format = _format_of(group["weights"], where=module)
+    inputs = group.get("input_activations")
+    activations = None if inputs is None else _format_of(inputs, where=f"{module} activations")
+    if f"{module}.weight_g_idx" in source.names():
+        raise Unsupported(f"{module}: activation order with g_idx is not read by fewbits; load it with vLLM or transformers")
+    scale = source.tensor(f"{module}.weight_scale")
+    zero = None
+    if f"{module}.weight_packed" in source.names():
+        rows, columns = (int(size) for size in source.tensor(f"{module}.weight_shape"))
+        words = source.tensor(f"{module}.weight_packed")
+        if words.dim() != 2 or words.shape[0] != rows or words.dtype != torch.int32:
+            raise BadInput(f"{module}.weight_packed: {words.dtype} {tuple(words.shape)} does not hold {rows} rows")
+        codes = _from_words(words, format.bits, columns)
+        if format.scaling.zero_point:
+            packed = source.tensor(f"{module}.weight_zero_point")
+            zero = _from_words(packed.t().contiguous(), format.bits, rows).t().contiguous()
+    else:
+        stored = source.tensor(f"{module}.weight")
+        if stored.dtype == torch.int8:
+            codes = (stored.short() + 128).to(torch.uint8)
+        elif stored.dtype == torch.float8_e4m3fn:
+            codes = format.grid.nearest(stored.float())
+        else:
+            raise BadInput(f"{module}.weight: {stored.dtype}; int8 or float8_e4m3fn belongs to {group.get('format')}")
+    scale = scale.reshape(format.parameter_shape((codes.shape[0], codes.shape[1])))
+    if not bool(torch.isfinite(scale).all()):
+        raise BadInput(f"{module}.weight_scale holds NaN or infinite values: the checkpoint is damaged")
+    weight = Quantized(format=format.with_scale_dtype(scale.dtype), codes=codes, scale=scale, zero=zero)
+    return DecodedModule(weight=weight, activations=activations)

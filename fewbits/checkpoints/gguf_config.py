@@ -1,0 +1,189 @@
+"""From GGUF metadata to ``config.json``: the same facts under other names.
+
+Sizes that a tensor states (vocabulary, tied head, biases) are taken from the tensors, the rest from the
+``<architecture>.*`` keys. Rotary scaling needs care: "linear" and "yarn" are keys, but Llama 3's scheme is
+baked into a tensor of frequency divisors, ``rope_freqs.weight``. Its four parameters are recovered from the
+tensor and checked to reproduce it; a tensor they do not explain is refused rather than dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.core.errors import BadInput, Unsupported
+
+ROPE_TENSOR = "rope_freqs.weight"
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+_TOKEN_IDS = {
+    "bos_token_id": "tokenizer.ggml.bos_token_id",
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
+    "pad_token_id": "tokenizer.ggml.padding_token_id",
+}
+
+
+class Keys:
+    """The ``<architecture>.*`` keys of a file, with errors that name file and key."""
+
+    def __init__(self, metadata: dict[str, Any], path: str) -> None:
+        self.metadata, self.path = metadata, path
+        self.architecture = metadata.get("general.architecture")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.metadata.get(f"{self.architecture}.{key}", default)
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A positive integer below 2**31; a list that repeats one number counts as that number."""
+        value = self.get(key, default)
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]
+        if isinstance(value, list):
+            raise Unsupported(f"{self.path}: {self.architecture}.{key} differs from block to block")
+        if type(value) is not int or not 0 < value < 2**31:
+            raise BadInput(
+                f"{self.path}: {self.architecture}.{key} is {value!r}; a positive integer is needed"
+            )
+        return value
+
+    def real(self, key: str, default: float) -> float:
+        value = self.get(key, default)
+        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+            raise BadInput(
+                f"{self.path}: {self.architecture}.{key} is {value!r}; a positive number is needed"
+            )
+        # a float32 of 1e-5 reads as 9.99999974e-06: seven digits are all it ever had
+        return float(f"{value:.7g}")
+
+
+def build_config(
+    keys: Keys,
+    family: str,
+    dtype: torch.dtype,
+    shape: Callable[[str], tuple[int, ...] | None],
+    read: Callable[[str], Tensor],
+) -> dict[str, Any]:
+    """The configuration of a llama-like model; `shape(gguf name)` is None for a tensor the file lacks.
+
+    Raises BadInput for missing or impossible keys, Unsupported for rotary schemes without an equivalent.
+    """
+    embeddings = shape("token_embd.weight")
+    if embeddings is None or len(embeddings) != 2:
+        raise BadInput(f"{keys.path}: the file holds no matrix 'token_embd.weight', so no language model")
+    hidden, heads = keys.size("embedding_length"), keys.size("attention.head_count")
+    if hidden % heads and keys.get("attention.key_length") is None:
+        raise BadInput(f"{keys.path}: {heads} heads do not divide the width {hidden}")
+    config: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[family]],
+        "model_type": family,
+        "vocab_size": embeddings[0],
+        "hidden_size": hidden,
+        "intermediate_size": keys.size("feed_forward_length"),
+        "num_hidden_layers": keys.size("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.size("attention.head_count_kv", heads),
+        "head_dim": keys.size("attention.key_length", keys.get("rope.dimension_count") or hidden // heads),
+        "hidden_act": "silu",
+        "max_position_embeddings": keys.size("context_length"),
+        "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon", 1e-5),
+        "tie_word_embeddings": shape("output.weight") is None,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    config["rope_parameters"] = _rope(keys, config["head_dim"], shape, read)
+    config["rope_theta"] = config["rope_parameters"][
+        "rope_theta"
+    ]  # where readers older than transformers 5 look
+    config.update(_family_fields(keys, family, shape))
+    config.update(token_ids(keys.metadata))
+    return config
+
+
+def token_ids(metadata: dict[str, Any]) -> dict[str, int]:
+    """The special token ids the file states, under the names of config.json."""
+    return {
+        name: metadata[key]
+        for name, key in _TOKEN_IDS.items()
+        if type(metadata.get(key)) is int and metadata[key] >= 0
+    }
+
+
+def _family_fields(keys: Keys, family: str, shape: Callable[[str], tuple[int, ...] | None]) -> dict[str, Any]:
+    if family == "qwen2":
+        return {"use_sliding_window": False}
+    if family == "mixtral":
+        return {
+            "num_local_experts": keys.size("expert_count"),
+            "num_experts_per_tok": keys.size("expert_used_count"),
+        }
+    fields: dict[str, Any] = {"attention_bias": shape("blk.0.attn_q.bias") is not None}
+    if family == "llama":
+        fields["mlp_bias"] = shape("blk.0.ffn_up.bias") is not None
+    if family == "qwen3_moe":
+        fields |= {
+            "num_experts": keys.size("expert_count"),
+            "num_experts_per_tok": keys.size("expert_used_count"),
+            "moe_intermediate_size": keys.size("expert_feed_forward_length"),
+            "norm_topk_prob": True,  # llama.cpp normalises always, so only such models are converted
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    return fields
+
+
+def _rope(
+    keys: Keys, width: int, shape: Callable[[str], tuple[int, ...] | None], read: Callable[[str], Tensor]
+) -> dict[str, Any]:
+    theta = keys.real("rope.freq_base", 10000.0)
+    default = {"rope_type": "default", "rope_theta": theta}
+    if shape(ROPE_TENSOR) is not None:
+        return default | _llama3(keys, read(ROPE_TENSOR), theta, width)
+    kind = keys.get("rope.scaling.type", "none")
+    if kind == "none" or (kind == "linear" and keys.get("rope.scaling.factor") in (None, 0.0, 1.0)):
+        return default
+    if kind not in ("linear", "yarn"):
+        raise Unsupported(
+            f"{keys.path}: rotary scaling {kind!r}; fewbits reads none, linear, yarn and Llama 3's"
+        )
+    scaled = default | {"rope_type": kind, "factor": keys.real("rope.scaling.factor", 1.0)}
+    if kind == "yarn":
+        length = keys.get("rope.scaling.original_context_length")
+        scaled["original_max_position_embeddings"] = length or keys.size("context_length")
+    return scaled
+
+
+def _llama3(keys: Keys, divisors: Tensor, theta: float, width: int) -> dict[str, Any]:
+    """Llama 3's parameters behind a tensor of frequency divisors, verified against it."""
+    divisors = divisors.float().flatten()
+    for original in (8192, 4096, 2048, keys.size("context_length")):
+        found = {
+            "rope_type": "llama3",
+            "factor": float(f"{float(divisors.max()):.6g}"),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": original,
+        }
+        expected = _llama3_divisors(found, theta, width)
+        if expected.shape == divisors.shape and torch.allclose(expected, divisors, rtol=1e-4):
+            return found
+    raise Unsupported(
+        f"{keys.path}: the rotary frequencies in {ROPE_TENSOR!r} follow no scheme fewbits knows"
+    )
+
+
+def _llama3_divisors(found: dict[str, Any], theta: float, width: int) -> Tensor:
+    """1 for short wavelengths, `factor` for long ones, between them 1 / (a mean of 1/factor and 1)."""
+    wavelengths = 2 * math.pi * theta ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
+    ratio = found["original_max_position_embeddings"] / wavelengths
+    low, high = found["low_freq_factor"], found["high_freq_factor"]
+    smooth = ((ratio - low) / (high - low)).clamp(0, 1)
+    divisors: Tensor = 1 / ((1 - smooth) / found["factor"] + smooth)
+    return divisors.float()

@@ -1,0 +1,79 @@
+"""The native format: any fewbits format, in safetensors, with nothing hidden (quant_method "fewbits").
+
+Per quantized linear `M` of shape [out, in] in a format of b bits:
+
+    M.codes   uint8 [out, ceil(in*b/8)]     canonical packing (formats/bits.py), a row starts on a byte
+    M.scale   [out, G], [out, 1] or [1, 1]  in the scale dtype that config.json names
+    M.zero    uint8 [rows, ceil(G*b/8)]     only with a zero point; canonical packing
+    M.bias    [out]                         as in the source
+
+    "quantization_config": {"quant_method": "fewbits", "version": 1,
+        "modules": {"M": {"format": "nf4-g64", "shape": [out, in], "scale_dtype": "bfloat16", "activations": null}}}
+
+    value = (level[code] - zero) * scale
+
+Everything else in the checkpoint is what the source had. Version 1; a reader refuses a higher one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fewbits.checkpoints.base import Source
+from fewbits.core.errors import BadInput, Unsupported
+from fewbits.formats import Format, Quantized, parse_format
+
+QUANT_METHOD = "fewbits"
+VERSION = 1
+# Names, not eval: a checkpoint may only pick from this table.
+SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def module_entry(format: Format, activations: Format | None, shape: tuple[int, int]) -> dict[str, Any]:
+    """What config.json says of one linear."""
+    return {
+        "format": format.name,
+        "shape": list(shape),
+        "scale_dtype": str(format.scaling.scale_dtype).removeprefix("torch."),
+        "activations": None if activations is None else activations.name,
+    }
+
+
+def quantization_config(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """`quantization_config` of config.json."""
+    return {"quant_method": QUANT_METHOD, "version": VERSION, "modules": modules}
+
+
+def read_modules(config: dict[str, Any]) -> dict[str, tuple[Format, Format | None, tuple[int, int]]]:
+    """Module -> (weight format, activation format, shape) from a `quantization_config`; BadInput if damaged."""
+    version = config.get("version")
+    if not isinstance(version, int) or version < 1:
+        raise BadInput(f"native checkpoint version {version!r}; expected {VERSION}")
+    if version > VERSION:
+        raise Unsupported(f"native checkpoint version {version}; this fewbits reads up to {VERSION}: upgrade fewbits")
+    modules = {}
+    for name, entry in config.get("modules", {}).items():
+        dtype, shape = entry.get("scale_dtype"), entry.get("shape")
+        if dtype not in SCALE_DTYPES:
+            raise BadInput(f"{name}: scale_dtype {dtype!r}; allowed: {', '.join(SCALE_DTYPES)}")
+        if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)):
+            raise BadInput(f"{name}: shape {shape!r}; expected [out, in]")
+        activations = entry.get("activations")
+        modules[name] = (
+            parse_format(entry.get("format", "")).with_scale_dtype(SCALE_DTYPES[dtype]),
+            None if activations is None else parse_format(activations),
+            (shape[0], shape[1]),
+        )
+    return modules
+
+
+def decode(source: Source, module: str, format: Format, shape: tuple[int, int]) -> Quantized:
+    """Reads one linear back as codes."""
+    state = {"codes": source.tensor(f"{module}.codes"), "scale": source.tensor(f"{module}.scale")}
+    if format.scaling.zero_point:
+        state["zero"] = source.tensor(f"{module}.zero")
+    if tuple(state["codes"].shape)[:1] != shape[:1] or not bool(torch.isfinite(state["scale"]).all()):
+        raise BadInput(f"{module}: codes or scales do not fit shape {shape} or are not finite: the checkpoint is damaged")
+    return Quantized.from_state(format, shape, state)

@@ -1,0 +1,179 @@
+"""fewbits list WHAT: what this installation knows, from the tables the code itself uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from fewbits.cli.boundary import guarded
+from fewbits.cli.console import message, print_json, print_table
+from fewbits.core.errors import unknown
+
+Row = dict[str, Any]
+
+# Stands for the layers of a model of a few billion parameters; kernels refuse by divisibility, not by size.
+SHAPE = (4096, 4096)
+COMMON_FORMATS = (
+    "int4-g64",
+    "int4-g128",
+    "int4-asym-g64",
+    "int8-channel",
+    "int3-g64",
+    "nf4-g64",
+    "fp8_e4m3-channel",
+    "fp4_e2m1-g16",
+)
+CHECKPOINTS: tuple[Row, ...] = (
+    {"checkpoint": "safetensors", "reads": "yes", "writes": "-", "holds": "dense float32, bfloat16, float16"},
+    {
+        "checkpoint": "compressed-tensors",
+        "reads": "yes",
+        "writes": "yes",
+        "holds": "integer 2 to 8 bits, FP8 E4M3; loads in transformers and vLLM",
+    },
+    {
+        "checkpoint": "native",
+        "reads": "yes",
+        "writes": "yes",
+        "holds": "every format; loads where fewbits is",
+    },
+    {"checkpoint": "gguf", "reads": "yes", "writes": "-", "holds": "dense and block types, decoded to dense"},
+)
+
+
+def _summary(thing: Any) -> str:
+    """The first sentence of what `thing` says of itself."""
+    text = (type(thing).__doc__ if not isinstance(thing, type) else thing.__doc__) or ""
+    return text.strip().split("\n")[0].rstrip(".")
+
+
+def formats() -> list[Row]:
+    from fewbits.formats import known_formats, parse_format
+
+    shape = SHAPE
+    rows = []
+    for name in known_formats():
+        format = parse_format(name)
+        rows.append(
+            {
+                "format": name,
+                "bits": format.bits,
+                "levels": len(format.grid.levels),
+                "kind": format.grid.kind,
+                "zero point": "yes" if format.scaling.zero_point else "-",
+                "bits per weight": round(format.bits_per_weight(shape), 3),
+            }
+        )
+    return rows
+
+
+def schemes() -> list[Row]:
+    from fewbits.formats import SCHEMES
+
+    return [
+        {"scheme": name, "weights": weights, "activations": activations or "16-bit"}
+        for name, (weights, activations) in SCHEMES.items()
+    ]
+
+
+def methods() -> list[Row]:
+    from fewbits.algorithms import METHODS
+
+    return [
+        {
+            "method": name,
+            "needs": ", ".join(sorted(method.statistics)) or "no data",
+            "options": ", ".join(getattr(method, "__dataclass_fields__", {})),
+            "what": _summary(method),
+        }
+        for name, method in METHODS.items()
+    ]
+
+
+def kernels() -> list[Row]:
+    import torch
+
+    from fewbits.formats import parse_format
+    from fewbits.kernels import LinearSpec, explain
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for name in COMMON_FORMATS:
+        spec = LinearSpec(format=parse_format(name), shape=SHAPE, device=device)
+        answers = explain(spec)
+        rows.append(
+            {
+                "format": name,
+                "device": str(device),
+                "runs": next(kernel for kernel, answer in answers if answer),
+                "answers": {kernel: str(answer) for kernel, answer in answers},
+            }
+        )
+    return rows
+
+
+def models() -> list[Row]:
+    from fewbits.models.topology import TOPOLOGIES
+
+    rows = [
+        {
+            "family": name,
+            "model types": ", ".join(topology.model_types),
+            "experts": "yes" if topology.experts else "-",
+            "GGUF": "yes" if topology.gguf else "-",
+        }
+        for name, topology in TOPOLOGIES.items()
+    ]
+    other = {"family": "any other", "model types": "walked linear by linear, without a table"}
+    return [*rows, {**other, "experts": "yes", "GGUF": "-"}]
+
+
+def checkpoints() -> list[Row]:
+    return list(CHECKPOINTS)
+
+
+KINDS: dict[str, Callable[[], list[Row]]] = {
+    "formats": formats,
+    "methods": methods,
+    "kernels": kernels,
+    "schemes": schemes,
+    "models": models,
+    "checkpoints": checkpoints,
+}
+
+
+@guarded()
+def listing(
+    what: Annotated[str, typer.Argument(metavar="WHAT", help=f"One of {', '.join(KINDS)}.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+) -> None:
+    """List what fewbits knows: formats, methods, kernels (with why each would run here or not), …"""
+    if what not in KINDS:
+        raise unknown("list", what, KINDS)
+    rows = KINDS[what]()
+    if as_json:
+        print_json(rows)
+    elif what == "kernels":
+        _print_kernels(rows)
+    else:
+        columns = list(rows[0])
+        print_table(columns, ([row[column] for column in columns] for row in rows))
+        if what == "formats":
+            message(
+                f"-g takes any group size. Bits per weight: a {SHAPE[0]} x {SHAPE[1]} matrix, float32 scales."
+            )
+
+
+def _print_kernels(rows: list[Row]) -> None:
+    """For each format the kernel that runs on this machine, and what the others answered."""
+    cells = []
+    for row in rows:
+        others = [f"{kernel}: {answer}" for kernel, answer in row["answers"].items() if kernel != row["runs"]]
+        note = row["answers"][row["runs"]].removeprefix("yes").removeprefix(": ")
+        cells.append((row["format"], row["runs"] + (f" ({note})" if note else ""), "\n".join(others)))
+    print_table(("format", "runs here", "the other kernels"), cells)
+    message(
+        f"on {rows[0]['device']}, for a {SHAPE[0]} x {SHAPE[1]} matrix; the first kernel that says yes runs"
+    )

@@ -1,0 +1,152 @@
+"""A grid: the sorted levels a code can name.
+
+Every scalar data type of at most 8 bits is a sorted tuple of real levels; a code is an index into it.
+INT4 is -8..7, E2M1 is 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives, NF4 is sixteen quantiles. Rounding
+is to the nearest level. On a tie, arithmetic types go to the even code (round half to even, as IEEE 754
+and `torch.round` do); tables go to the lower level (as bitsandbytes' NF4 does).
+
+`Grid` works by table look-up and is the definition. `IntegerGrid` and `FloatGrid` override it with
+arithmetic that equals the table bit for bit (the contract tests compare them).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=256)
+def _table(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).to(dtype).to(device)
+
+
+@lru_cache(maxsize=256)
+def _boundaries(
+    levels: tuple[float, ...], ties_up: tuple[bool, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Midpoints between levels, nudged down one ulp where a tie goes to the upper level.
+
+    `bucketize` sends x == boundary to the lower side, so "x >= m goes up" is "x > the number before m".
+    """
+    exact = torch.tensor(levels, dtype=torch.float64)
+    middle = ((exact[1:] + exact[:-1]) / 2).to(dtype)
+    before = torch.nextafter(middle, torch.full_like(middle, -torch.inf))
+    return torch.where(torch.tensor(ties_up), before, middle).to(device)
+
+
+def _working(x: Tensor) -> Tensor:
+    """16-bit inputs are rounded in float32; float32 and float64 in themselves."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Sorted `levels`, at most 2**bits of them. `top` is where absmax scaling puts the largest magnitude."""
+
+    name: str
+    bits: int
+    levels: tuple[float, ...]
+    ties_up: tuple[bool, ...] = ()
+    kind: str = "table"
+
+    def __post_init__(self) -> None:
+        assert list(self.levels) == sorted(set(self.levels)), f"{self.name}: levels must be sorted and distinct"
+        assert 2 <= len(self.levels) <= 1 << self.bits <= 256
+        if not self.ties_up:
+            object.__setattr__(self, "ties_up", (False,) * (len(self.levels) - 1))
+
+    @property
+    def top(self) -> float:
+        """Scaled magnitude of the largest element under absmax scaling."""
+        return max(abs(self.levels[0]), abs(self.levels[-1]))
+
+    @property
+    def zero_code(self) -> int:
+        """The code whose level is nearest to 0 (exactly 0 in every grid shipped)."""
+        return min(range(len(self.levels)), key=lambda code: abs(self.levels[code]))
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Codes (uint8) of the levels nearest to `x`, elementwise."""
+        x = _working(x)
+        bounds = _boundaries(self.levels, self.ties_up, x.dtype, x.device)
+        return torch.bucketize(x, bounds, out_int32=True).to(torch.uint8)
+
+    def value(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Levels of `codes`, elementwise."""
+        return _table(self.levels, dtype, codes.device)[codes.int()]
+
+    def snap(self, x: Tensor) -> Tensor:
+        """`x` moved to its nearest level; dtype kept (16-bit input gives float32)."""
+        x = _working(x)
+        return self.value(self.nearest(x), x.dtype)
+
+
+@dataclass(frozen=True)
+class IntegerGrid(Grid):
+    """Consecutive integers: rounding is `torch.round` and a clamp."""
+
+    @property
+    def top(self) -> float:
+        # (2**b - 1) / 2 for the full range -2**(b-1) .. 2**(b-1)-1: the absmax element sits half a step
+        # outside on the positive side, as in GPTQ and compressed-tensors, and the step is smallest.
+        return (self.levels[-1] - self.levels[0]) / 2
+
+    def nearest(self, x: Tensor) -> Tensor:
+        return (self.snap(x) - self.levels[0]).to(torch.uint8)
+
+    def value(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return codes.to(dtype) + self.levels[0]
+
+    def snap(self, x: Tensor) -> Tensor:
+        return torch.round(_working(x)).clamp_(self.levels[0], self.levels[-1])
+
+
+@dataclass(frozen=True)
+class FloatGrid(Grid):
+    """A minifloat; where torch has the type, rounding is its cast, saturating."""
+
+    cast: torch.dtype | None = None
+
+    def snap(self, x: Tensor) -> Tensor:
+        x = _working(x)
+        if self.cast is None or x.dtype != torch.float32:
+            return super().snap(x)
+        return x.clamp(self.levels[0], self.levels[-1]).to(self.cast).to(x.dtype)
+
+
+def integer_grid(bits: int, *, signed: bool) -> IntegerGrid:
+    """INTb: -2**(b-1) .. 2**(b-1)-1, or 0 .. 2**b-1 for use with a zero point."""
+    low = -(1 << (bits - 1)) if signed else 0
+    levels = tuple(float(low + code) for code in range(1 << bits))
+    # A tie between n and n+1 goes up exactly when n is odd: round half to even.
+    ties_up = tuple(int(level) % 2 == 1 for level in levels[:-1])
+    return IntegerGrid(f"int{bits}" if signed else f"uint{bits}", bits, levels, ties_up, "integer")
+
+
+def minifloat_grid(
+    name: str, exponent_bits: int, mantissa_bits: int, bias: int, top: float, cast: torch.dtype | None = None
+) -> FloatGrid:
+    """ExMy: 2**(e-bias) * (1 + m/2**y), subnormal at e = 0, every magnitude above `top` left out.
+
+    `top` is the largest finite value: E4M3FN gives up one code for NaN (448), E5M2 a whole binade for
+    infinities and NaNs (57344), E2M1 nothing (6). Source: OCP Microscaling Formats 1.0; OFP8 1.0.
+    """
+    steps = 1 << mantissa_bits
+    magnitudes = []
+    for exponent in range(1 << exponent_bits):
+        for mantissa in range(steps):
+            value = mantissa / steps * 2.0 ** (1 - bias)
+            if exponent:
+                value = (1 + mantissa / steps) * 2.0 ** (exponent - bias)
+            if value <= top:
+                magnitudes.append(value)
+    positive = magnitudes[1:]
+    levels = (*(-value for value in reversed(positive)), *magnitudes)
+    rank = [*range(len(positive), 0, -1), *range(len(magnitudes))]
+    # The even magnitude code wins a tie; upwards means towards the level on the right.
+    ties_up = tuple(rank[i + 1] % 2 == 0 for i in range(len(levels) - 1))
+    bits = 1 + exponent_bits + mantissa_bits
+    return FloatGrid(name, bits, levels, ties_up, "float", cast)

@@ -1,0 +1,64 @@
+"""Schemes: what the ecosystem calls a pair of formats for weights and activations.
+
+``W4A16`` is 4-bit weights under 16-bit activations; its group size (128) can be overridden. Names and
+defaults follow compressed-tensors' presets, so a checkpoint says the same thing to vLLM. Activations, where
+quantized, are scaled dynamically per token: no calibration decides them. Any format name is a weight-only
+scheme of its own (``nf4-g64``).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from fewbits.core.errors import BadInput, unknown
+from fewbits.formats.base import Format
+from fewbits.formats.parse import known_formats, parse_format
+
+SCHEMES: dict[str, tuple[str, str | None]] = {
+    "W4A16": ("int4-g128", None),
+    "W4A16_ASYM": ("int4-asym-g128", None),
+    "W8A16": ("int8-channel", None),
+    "W3A16": ("int3-g128", None),
+    "W3A16_ASYM": ("int3-asym-g128", None),
+    "W2A16": ("int2-g64", None),
+    "W2A16_ASYM": ("int2-asym-g64", None),
+    "W8A8": ("int8-channel", "int8-token"),
+    "W4A8": ("int4-g128", "int8-token"),
+    "FP8_DYNAMIC": ("fp8_e4m3-channel", "fp8_e4m3-token"),
+    "FP8_W8A16": ("fp8_e4m3-channel", None),
+    "NF4": ("nf4-g64", None),
+    "FP4": ("fp4_e2m1-g16", None),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """`weights` and, where the products are quantized on both sides, dynamic `activations`."""
+
+    name: str
+    weights: Format
+    activations: Format | None = None
+
+
+def parse_scheme(name: str, group_size: int | None = None) -> Scheme:
+    """The scheme (or weight-only format) called `name`, with its groups resized to `group_size` if given.
+
+    Raises BadInput for an unknown name (listing the known, nearest first) or a group size that makes no sense.
+    """
+    if group_size is not None and group_size < 1:
+        raise BadInput(f"group size {group_size}; a group holds at least 1 weight: common sizes are 32, 64 and 128")
+    found = {key.lower(): key for key in SCHEMES}.get(name.lower())
+    weights, activations = SCHEMES[found] if found else (name, None)
+    if not found and name.split("-")[0] not in {known.split("-")[0] for known in known_formats()}:
+        raise unknown("scheme", name, [*SCHEMES, *known_formats()])
+    if group_size is not None:
+        resized = re.sub(r"-g\d+$", f"-g{group_size}", weights)
+        if resized == weights and not weights.endswith(f"-g{group_size}"):
+            raise BadInput(f"group size {group_size} given, but {name} scales {weights.rpartition('-')[2]}-wise: leave it out")
+        weights = resized
+    return Scheme(
+        name=found or name,
+        weights=parse_format(weights),
+        activations=None if activations is None else parse_format(activations),
+    )

@@ -1,0 +1,1 @@
+"""Where fewbits meets other packages' extension points."""

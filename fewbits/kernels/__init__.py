@@ -1,0 +1,6 @@
+"""Products with quantized weights: one definition (`reference`), several fast ways, and a dispatcher that explains."""
+
+from fewbits.kernels.base import Kernel, LinearSpec, No, Packed, Yes
+from fewbits.kernels.dispatch import KERNELS, choose, explain
+
+__all__ = ["KERNELS", "Kernel", "LinearSpec", "No", "Packed", "Yes", "choose", "explain"]

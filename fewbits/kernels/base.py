@@ -1,0 +1,152 @@
+"""What a kernel is: an admission test, a prepack and a product.
+
+    y = x @ W.T        x [..., in], W [out, in] quantized, y [..., out] in x's dtype
+
+A kernel is a row in the table of `fewbits.kernels.dispatch`. It says itself what it can do (`accepts`), turns
+canonical codes into the layout it wants once (`prepack`), multiplies (`linear`), and states how close to the
+reference it stays (`floor_db`, signal to noise in decibels), which the contract tests hold it to.
+
+Where activations are quantized as well, x is first written as levels times a scale per token,
+
+    x[m, k] ~ level[m, k] * s[m]        y = (level @ W.T) * s
+
+and a kernel multiplies the *levels*. Levels of at most 8 bits (less a zero point: 9) are exact in bfloat16,
+so a bfloat16 kernel adds no rounding of its own to x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fewbits.formats import Format, Quantized
+
+# What a kernel keeps between calls. Plain tensors, except where torch wraps a packed weight in its own type.
+Packed = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSpec:
+    """One product to be dispatched: weight `format`, `shape` (out, in), where it runs, and the dtype of x."""
+
+    format: Format
+    shape: tuple[int, int]
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    activations: Format | None = None
+
+
+@dataclass(frozen=True)
+class Yes:
+    """The kernel takes the product; `note` says anything a user should know (memory, rounding)."""
+
+    note: str = ""
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __str__(self) -> str:
+        return f"yes: {self.note}" if self.note else "yes"
+
+
+@dataclass(frozen=True)
+class No:
+    """The kernel does not take the product, because of `reason`."""
+
+    reason: str
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return f"no: {self.reason}"
+
+
+class Kernel(Protocol):
+    """A way to multiply by a quantized weight.
+
+    name: the key in the registry.
+    floor_db: least SQNR against the reference on Gaussian data, decibels.
+    input_dtype: the dtype of x it computes in; a caller that can choose saves a cast. None: any.
+    recovers_codes: whether `codes` gives the canonical codes back from the packed layout, exactly. If not, whoever
+        holds the weight keeps them beside the packed tensors.
+    """
+
+    name: str
+    floor_db: float
+    input_dtype: torch.dtype | None
+    recovers_codes: bool
+
+    def accepts(self, spec: LinearSpec) -> Yes | No: ...
+
+    def prepack(self, weight: Quantized) -> Packed:
+        """The kernel's own layout of `weight`."""
+        ...
+
+    def linear(self, x: Tensor, packed: Packed, spec: LinearSpec) -> Tensor:
+        """x [..., in] -> [..., out], in x's dtype. Without bias."""
+        ...
+
+    def codes(self, packed: Packed, spec: LinearSpec) -> Tensor:
+        """Codes, uint8 [out, in], from the packed layout; only where `recovers_codes`."""
+        ...
+
+    def join(self, parts: Sequence[Packed], specs: Sequence[LinearSpec]) -> tuple[Packed, list[Packed]] | None:
+        """Weights that read the same x as one taller weight: (the whole, each part as a view of the whole).
+
+        The specs differ in `out` alone. None where the layout does not allow it.
+        """
+        ...
+
+
+def split_levels(x: Tensor, activations: Format) -> tuple[Tensor, Tensor]:
+    """x [M, in] -> (levels less zero point, float32 [M, in]; scale, float32 [M, 1]), each row on its own."""
+    if not x.shape[0]:  # no rows: nothing to take a range of
+        return x.float(), x.new_ones(0, 1, dtype=torch.float32)
+    scale, zero = activations.params(x.float())
+    levels = activations.grid.value(activations.encode(x, scale, zero))
+    if zero is not None:
+        levels = levels - zero.float()
+    return levels, scale.float()
+
+
+def affine(format: Format) -> No | None:
+    """None where levels are consecutive integers, so that value = code * scale + offset; else No.
+
+    (`No` is false, so what these two return is to be compared with None.)
+    """
+    if format.grid.kind != "integer":
+        return No(f"{format.grid.name} levels are a table, not consecutive integers")
+    return None
+
+
+def on_cpu(spec: LinearSpec) -> No | None:
+    return None if spec.device.type == "cpu" else No(f"runs on cpu, not on {spec.device.type}")
+
+
+def joined_rows(
+    parts: Sequence[Packed], specs: Sequence[LinearSpec], dims: dict[str, int]
+) -> tuple[Packed, list[Packed]] | None:
+    """`Kernel.join` for layouts in which out runs along dimension `dims[key]` of each tensor, unpadded.
+
+    The big tensors ("weight") of the parts become views, so joining takes no memory but for scales.
+    """
+    rows = [spec.shape[0] for spec in specs]
+    if any(part["weight"].shape[0] != count for part, count in zip(parts, rows, strict=True)):
+        return None  # padded rows would come to lie between the parts
+    if any(spec.format.scaling.block == "tensor" for spec in specs):
+        return None  # one scale each, and the whole would need several
+    whole = {key: torch.cat([part[key] for part in parts], dims[key]) for key in parts[0]}
+    views = [
+        {**part, "weight": weight} for part, weight in zip(parts, whole["weight"].split(rows), strict=True)
+    ]
+    return whole, views
+
+
+def operator_exists(namespace: str, name: str) -> bool:
+    """Whether this build of torch has the operator."""
+    return hasattr(getattr(torch.ops, namespace), name)

@@ -1,0 +1,113 @@
+"""Integer weights of up to 8 bits with one scale per row, on a CPU, through torch's weight-only int8 product.
+
+    y[m, n] = (sum_k x[m, k] * q[n, k]) * scale[n]  +  (sum_k x[m, k]) * (half - zero[n]) * scale[n]
+
+q is the code less half its range, as int8; `aten::_weight_int8pack_mm` computes the first term in bfloat16 with
+float32 sums, and the second, which only asymmetric formats have, is a rank-one correction in float32.
+Scales per group are refused: the product knows one scale per row.
+
+Quantized activations (W8A8) multiply levels instead of x, which are exact in bfloat16. torch's int8 x int8 product,
+`torch._int_mm`, is exact too, but without the AVX-512 VNNI or AMX instructions it is a plain loop: 25 times slower
+than float32 here (238 ms against 9 ms for 256 x 576 x 3072 on 2 AVX2 cores), so it is not used.
+
+Rows and columns are padded to whole blocks: the product reads 16 columns at a time and past the end of a row that is no
+multiple of that.
+
+Accuracy: x, y and the scales are rounded to bfloat16, 50 to 55 dB per product. From `_MANY_ROWS` rows on, tiles of
+q go to float32 and a dense product is faster; that path rounds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fewbits.formats import Quantized
+from fewbits.kernels.base import LinearSpec, No, Packed, Yes, affine, joined_rows, on_cpu, operator_exists, split_levels
+
+_MANY_ROWS = 32
+_TILE = 512
+_COLUMN_BLOCK = 32
+_ROW_BLOCK = 16
+
+
+class CpuInt8:
+    name = "cpu_int8"
+    floor_db = 45.0
+    input_dtype: torch.dtype | None = torch.bfloat16
+    recovers_codes = True
+
+    def accepts(self, spec: LinearSpec) -> Yes | No:
+        for no in (on_cpu(spec), affine(spec.format)):
+            if no is not None:
+                return no
+        size = spec.format.scaling.group_size
+        if size is not None and size < spec.shape[1]:
+            return No("it has one scale per row, the format one per group")
+        if not operator_exists("aten", "_weight_int8pack_mm"):
+            return No("this torch has no weight-only int8 product")
+        return Yes("bfloat16 products, 8 bits per weight in memory")
+
+    def prepack(self, weight: Quantized) -> Packed:
+        half = 1 << (weight.format.bits - 1)
+        rows, columns = weight.shape
+        more_rows = -rows % _ROW_BLOCK
+        scale = weight.scale.float().expand(rows, 1).reshape(rows).contiguous()
+        packed = {
+            "weight": functional.pad(
+                (weight.codes.short() - half).to(torch.int8), (0, -columns % _COLUMN_BLOCK, 0, more_rows)
+            ).contiguous(),
+            "scale16": functional.pad(scale, (0, more_rows)).to(torch.bfloat16),
+            "scale": scale,
+        }
+        if weight.zero is not None:
+            zero = weight.zero.float().expand(rows, 1).reshape(rows)
+            packed["offset"] = (half - zero) * scale
+        return packed
+
+    def codes(self, packed: Packed, spec: LinearSpec) -> Tensor:
+        half = 1 << (spec.format.bits - 1)
+        rows, columns = spec.shape
+        return (packed["weight"][:rows, :columns].short() + half).to(torch.uint8)
+
+    def join(
+        self, parts: Sequence[Packed], specs: Sequence[LinearSpec]
+    ) -> tuple[Packed, list[Packed]] | None:
+        return joined_rows(parts, specs, {"weight": 0, "scale16": 0, "scale": 0, "offset": 0})
+
+    def linear(self, x: Tensor, packed: Packed, spec: LinearSpec) -> Tensor:
+        out, columns = spec.shape
+        weight = packed["weight"]
+        rows, token_scale = x.reshape(-1, columns), None
+        if spec.activations is not None:
+            rows, token_scale = split_levels(rows, spec.activations)
+        if rows.shape[0] >= _MANY_ROWS:
+            rows = rows.float()
+            y = self._decoded(rows, packed)
+        else:
+            rows = rows.to(torch.bfloat16)
+            if weight.shape[1] != columns:
+                rows = functional.pad(rows, (0, weight.shape[1] - columns))
+            y = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), weight, packed["scale16"])
+            if y.shape[1] != out:
+                y = y[:, :out]
+        if "offset" in packed:
+            y = torch.addcmul(y.float(), rows.float().sum(1, keepdim=True), packed["offset"])
+        if token_scale is not None:
+            y = y * token_scale
+        return y.to(x.dtype).reshape(*x.shape[:-1], out)
+
+    def _decoded(self, x: Tensor, packed: Packed) -> Tensor:
+        """Many rows: `_TILE` rows of the weight at a time as float32, scaled after the product."""
+        scale, columns = packed["scale"], x.shape[1]
+        out = scale.shape[0]
+        y = x.new_empty(x.shape[0], out)
+        for start in range(0, out, _TILE):
+            rows = slice(start, min(start + _TILE, out))
+            torch.mm(x, packed["weight"][rows, :columns].float().t(), out=y[:, rows])
+        return y.mul_(scale)
+
+
+KERNEL = CpuInt8()

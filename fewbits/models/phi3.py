@@ -1,0 +1,15 @@
+"""Phi-3: the llama block with q, k, v fused in one linear and gate, up in another."""
+
+from __future__ import annotations
+
+from fewbits.models.topology import Topology
+
+PHI3 = Topology(
+    name="phi3",
+    model_types=("phi3",),
+    norms=(
+        ("input_layernorm", ("self_attn.qkv_proj",)),
+        ("post_attention_layernorm", ("mlp.gate_up_proj",)),
+    ),
+    shared_inputs=(("qkv_proj",), ("o_proj",), ("gate_up_proj",), ("down_proj",)),
+)

@@ -1,0 +1,194 @@
+"""A linear layer whose weight is quantized: `y = x @ W.T + b`.
+
+Life of a QLinear:
+
+1. *Canonical.* Buffers `codes` (packed at true density), `scale` and, with a zero point, `zero`, under exactly the
+   names and shapes of the native checkpoint. It can be built on the meta device, loaded, saved and moved.
+2. *Prepacked.* `prepack()` asks the dispatcher for a kernel, gives it the weight, and drops `codes` where the kernel's
+   own layout can give them back. `state_dict()` stays canonical: codes are recovered when it is asked for.
+   The first `forward` prepacks a module that is not.
+
+Casting a model (`model.half()`, `model.to(torch.bfloat16)`) changes the bias and nothing else here: scales keep
+the dtype they were quantized with, because another rounding would move every weight. Moving to another device
+goes back to canonical codes and prepacks there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.core.errors import BadInput
+from fewbits.formats import Format, Quantized
+from fewbits.formats import bits as packing
+from fewbits.kernels import KERNELS, Kernel, LinearSpec, No, Packed, Yes, choose, explain
+
+
+class QLinear(nn.Module):
+    """`x [..., in] -> [..., out]` in x's dtype, with a weight stored in `format`.
+
+    activations: a per-token format that x is rounded to before the product (dynamic quantization), or None.
+    Tensors are allocated empty; fill them by `load_state_dict`, or use `from_quantized`.
+    """
+
+    codes: Tensor | None
+    scale: Tensor
+    zero: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        format: Format,
+        bias: bool = False,
+        activations: Format | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if activations is not None and activations.scaling.block != "token":
+            raise BadInput(f"activations as {activations.name}; scales of activations are per token, e.g. int8-token")
+        self.in_features, self.out_features = in_features, out_features
+        self.format, self.activations = format, activations
+        self.kernel: str | None = None
+        self._packed: Packed | None = None
+        self._spec: LinearSpec | None = None
+        rows, groups = format.parameter_shape((out_features, in_features))
+
+        def bytes_for(height: int, count: int) -> Tensor:
+            return torch.empty(height, packing.packed_length(count, format.bits), dtype=torch.uint8, device=device)
+
+        self.register_buffer("codes", bytes_for(out_features, in_features))
+        self.register_buffer("scale", torch.empty(rows, groups, dtype=format.scaling.scale_dtype, device=device))
+        self.register_buffer("zero", bytes_for(rows, groups) if format.scaling.zero_point else None)
+        empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
+
+    @classmethod
+    def from_quantized(
+        cls, weight: Quantized, bias: Tensor | None = None, activations: Format | None = None
+    ) -> QLinear:
+        """A canonical module (not yet prepacked) holding `weight`; the tensors are shared, not copied."""
+        out_features, in_features = weight.shape
+        module = cls(in_features, out_features, weight.format, bias is not None, activations, device="meta")
+        state = weight.to_state()
+        module.codes, module.scale, module.zero = state["codes"], state["scale"], state.get("zero")
+        if bias is not None:
+            module.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return module
+
+    @property
+    def spec(self) -> LinearSpec:
+        """What the dispatcher is asked."""
+        return LinearSpec(
+            format=self.format,
+            shape=(self.out_features, self.in_features),
+            device=self.scale.device,
+            dtype=torch.float32 if self.bias is None else self.bias.dtype,
+            activations=self.activations,
+        )
+
+    def explain(self) -> list[tuple[str, Yes | No]]:
+        """Every kernel's answer to this layer, in order of preference."""
+        return explain(self.spec)
+
+    def prepack(self, kernel: Kernel | None = None) -> QLinear:
+        """Hands the weight to `kernel` (default: the dispatcher's choice). Idempotent for the default; returns self."""
+        if self._packed is not None:
+            if kernel is None or kernel.name == self.kernel:
+                return self
+            self.unpack()
+        spec = self.spec
+        kernel = kernel or choose(spec)
+        # The first forward may come in inference mode; what is kept must be usable outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._packed, self._spec, self.kernel = kernel.prepack(self.quantized()), spec, kernel.name
+        if kernel.recovers_codes:
+            self.codes = None
+        return self
+
+    def unpack(self) -> QLinear:
+        """Back to canonical buffers; returns self."""
+        self.codes = self._canonical_codes()
+        self._packed = self._spec = self.kernel = None
+        return self
+
+    def quantized(self) -> Quantized:
+        """The weight as codes, scale and zero."""
+        state = {"codes": self._canonical_codes(), "scale": self.scale}
+        if self.zero is not None:
+            state["zero"] = self.zero
+        return Quantized.from_state(self.format, (self.out_features, self.in_features), state)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight [out, in]."""
+        return self.quantized().dequantize(dtype)
+
+    @property
+    def packed(self) -> Packed | None:
+        """What the kernel keeps, or None before `prepack`."""
+        return self._packed
+
+    @property
+    def packed_spec(self) -> LinearSpec:
+        """The spec the packed tensors were made for; only after `prepack`."""
+        assert self._spec is not None
+        return self._spec
+
+    def adopt(self, packed: Packed) -> None:
+        """Replaces the packed tensors by equal ones that share memory with another layer's (see `Kernel.join`)."""
+        assert self._packed is not None and packed.keys() == self._packed.keys()
+        self._packed = packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._packed is None:
+            self.prepack()
+        assert self._packed is not None and self._spec is not None and self.kernel is not None
+        y: Tensor = KERNELS.get(self.kernel).linear(x, self._packed, self._spec)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _canonical_codes(self) -> Tensor:
+        if self.codes is not None:
+            return self.codes
+        assert self._packed is not None and self._spec is not None and self.kernel is not None
+        return packing.pack(KERNELS.get(self.kernel).codes(self._packed, self._spec), self.format.bits)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.codes is None:
+            destination[prefix + "codes"] = self._canonical_codes()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self._packed is not None:
+            self.unpack()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:
+        target = fn(torch.empty(0, dtype=self.scale.dtype, device=self.scale.device)).device
+        was_packed, moves = self._packed is not None, target != self.scale.device
+        if was_packed and moves:
+            self.unpack()
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(target)
+        if was_packed and moves and target.type != "meta":
+            self.prepack()
+        return self
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        if self.activations is not None:
+            text += f", activations={self.activations.name}"
+        return f"{text}, format={self.format.name}, kernel={self.kernel or 'not yet chosen'}"
+
+
+def qlinears(model: nn.Module) -> Iterator[tuple[str, QLinear]]:
+    """(name, module) of every QLinear in `model`."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, QLinear))

@@ -1,0 +1,186 @@
+"""One block: collect what its linears receive, quantize them, note what was lost.
+
+With `sequential` (GPTQ's "true sequential") the linears are taken in the order the block runs them: o_proj
+sees the attention of the quantized q, k, v, down_proj sees the quantized gate and up. Each stage costs
+another partial forward of the calibration text.
+
+Linears that receive the same input share one Hessian and one factorisation: their rows are stacked, solved
+together and taken apart again. Rows do not influence each other, so this changes nothing but the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.algorithms.base import WeightMethod
+from fewbits.calibration.collect import Ref, collect_hessians, input_stages, run_guarded
+from fewbits.calibration.stats import HessianSum
+from fewbits.core.errors import Unsupported
+from fewbits.formats import Format, Quantized, Scheme
+from fewbits.metrics import sqnr_db
+from fewbits.metrics.error import relative_error as weight_error
+from fewbits.metrics.estimate import finite
+from fewbits.models.walk import ExpertRef
+from fewbits.pipeline.shell import ModelShell
+
+_HISTOGRAM_BINS = 96
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A quantized linear: where it goes in the checkpoint, its codes, and what is recorded of it."""
+
+    disk_name: str
+    weight: Quantized
+    record: dict[str, Any]
+
+
+def solve_block(
+    shell: ModelShell,
+    index: int,
+    refs: Sequence[Ref],
+    scheme: Scheme,
+    method: WeightMethod,
+    hidden: Sequence[Tensor],
+    *,
+    sequential: bool,
+) -> list[Layer]:
+    """Quantizes `refs` of block `index`, resident in `shell`; leaves the decoded weights in the block.
+
+    `hidden` are the calibration inputs of the block. Methods that need no statistics see no text.
+    """
+    if "hessian" not in method.statistics:
+        return [layer for ref in refs for layer in _solve([ref], None, index, shell, scheme, method)]
+
+    def forward(batch: Tensor) -> Tensor:
+        return shell.forward(index, batch)
+
+    # One sequence is enough to see who shares an input, and nothing of it is kept.
+    stages = input_stages(refs, lambda: forward(hidden[0]))
+    run = run_guarded(forward, hidden)
+    layers: list[Layer] = []
+    for wanted in [[stage] for stage in stages] if sequential else [stages]:
+        sums = collect_hessians(wanted, run)
+        for members in _sharing([ref for stage in wanted for ref in stage], sums, scheme.weights):
+            layers += _solve(members, sums[members[0].name], index, shell, scheme, method)
+    return layers
+
+
+def _sharing(refs: Sequence[Ref], sums: dict[str, HessianSum], format: Format) -> list[list[Ref]]:
+    """Refs in groups of one statistic; each alone where a scale spans the tensor and rows are not independent."""
+    groups: dict[object, list[Ref]] = {}
+    for ref in refs:
+        alone = format.scaling.block == "tensor"
+        groups.setdefault(ref.name if alone else id(sums[ref.name]), []).append(ref)
+    return list(groups.values())
+
+
+def _solve(
+    members: Sequence[Ref],
+    total: HessianSum | None,
+    index: int,
+    shell: ModelShell,
+    scheme: Scheme,
+    method: WeightMethod,
+) -> list[Layer]:
+    started = time.perf_counter()
+    format = scheme.weights
+    prefix = shell.blocks[index][0]
+    names = [f"{prefix}.{ref.name}.weight" for ref in members]
+    weights = [ref.weight.to(torch.float32, copy=True) for ref in members]
+    for name, weight in zip(names, weights, strict=True):
+        format.check(weight, name)
+    hessian = None if total is None else total.hessian(names[0])
+    solved = method.solve(torch.cat(weights), format, hessian, names[0])
+    seconds = (time.perf_counter() - started) / len(members)
+    layers, start = [], 0
+    for ref, weight in zip(members, weights, strict=True):
+        part = _rows(solved.quantized, start, len(weight))
+        start += len(weight)
+        decoded = part.dequantize()
+        ref.write(decoded)
+        record = {
+            "name": f"{prefix}.{ref.name}",
+            "kind": ref.kind,
+            "block": index,
+            "shape": list(part.shape),
+            "format": format.name,
+            "bits": format.bits_per_weight(part.shape),
+            "parameters": weight.numel(),
+            "tokens": None if total is None else total.tokens,
+            "weight_sqnr_db": finite(sqnr_db(weight, decoded)),
+            "relative_error": weight_error(weight, decoded),
+            "rtn_relative_error": None,
+            "error_of": "weights",
+            "seconds": seconds,
+            "notes": solved.notes,
+            "distribution": _distribution(weight, part),
+        }
+        if solved.loss is not None and solved.rtn_loss is not None and solved.zero_loss is not None:
+            rows = slice(start - len(weight), start)
+            total_loss = float(solved.zero_loss[rows].sum())
+            if total_loss > 0:
+                record["error_of"] = "outputs"
+                record["relative_error"] = float(solved.loss[rows].sum()) / total_loss
+                record["rtn_relative_error"] = float(solved.rtn_loss[rows].sum()) / total_loss
+        layers.append(Layer(disk_name=f"{prefix}.{ref.disk_name}", weight=part, record=record))
+    return layers
+
+
+def _rows(whole: Quantized, start: int, count: int) -> Quantized:
+    if whole.scale.shape[0] == 1 and whole.codes.shape[0] != 1:
+        return whole  # one scale for the tensor: never stacked
+    rows = slice(start, start + count)
+    zero = None if whole.zero is None else whole.zero[rows].contiguous()
+    return Quantized(
+        format=whole.format, codes=whole.codes[rows].contiguous(), scale=whole.scale[rows].contiguous(), zero=zero
+    )
+
+
+def _distribution(weight: Tensor, part: Quantized) -> dict[str, Any]:
+    """A histogram of the weight and the levels of the grid at the median scale and zero point."""
+    bound = float(weight.abs().max()) or 1.0
+    counts = torch.histc(weight.cpu(), _HISTOGRAM_BINS, -bound, bound)
+    edges = torch.linspace(-bound, bound, _HISTOGRAM_BINS + 1)
+    levels = torch.tensor(part.format.grid.levels)
+    if part.zero is not None:
+        levels = levels - part.zero.float().median().cpu()
+    levels = levels * part.scale.float().median().cpu()
+    return {
+        "edges": [round(value, 8) for value in edges.tolist()],
+        "counts": [int(value) for value in counts.tolist()],
+        "levels": levels.tolist(),
+    }
+
+
+@contextlib.contextmanager
+def quantized_activations(refs: Sequence[Ref], format: Format | None) -> Iterator[None]:
+    """Rounds what `refs` receive to `format`, per token, as the quantized model will."""
+    if format is None:
+        yield
+        return
+    handles = []
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0]
+        rounded = format.quantize(x.reshape(-1, x.shape[-1]).float(), "activations").dequantize()
+        return (rounded.reshape(x.shape).to(x.dtype), *args[1:])
+
+    try:
+        for ref in refs:
+            if isinstance(ref, ExpertRef):
+                raise Unsupported(
+                    f"{ref.name}: activations of fused experts are not quantized; choose a weight-only scheme such as W4A16"
+                )
+            handles.append(ref.module.register_forward_pre_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,131 @@
+"""What lets a killed run continue: one file per finished block, in a hidden directory beside the output.
+
+    .OUT.partial/run.json               what is being computed; a different run refuses to continue it
+    .OUT.partial/block-00007.safetensors  codes, scales and records of block 7; its presence commits the block
+    .OUT.partial/state-00007.safetensors  the hidden states that leave block 7, exact
+    .OUT.partial/final/                  the checkpoint being assembled; renamed to OUT when complete
+
+Files appear by rename, the state before the block, so a block that is there has its state there, and at any
+moment at most the current block's work is lost. Only the newest state is kept. States are stored bit for
+bit: a resumed run computes from the same numbers as an undisturbed one and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.checkpoints.base import read_json
+from fewbits.checkpoints.safetensors_file import SafetensorsFile, write_stream
+from fewbits.core.errors import BadInput
+from fewbits.core.record import write_json
+
+Streams = dict[str, list[Tensor]]
+
+
+class Journal:
+    """The unfinished output `out` of the run described by `fingerprint` (JSON-ready)."""
+
+    def __init__(self, out: Path, fingerprint: dict[str, Any]) -> None:
+        self.out = out
+        self.directory = out.parent / f".{out.name}.partial"
+        self.final = self.directory / "final"
+        self.fingerprint = json.loads(json.dumps(fingerprint))
+
+    @contextlib.contextmanager
+    def open(self, *, restart: bool) -> Iterator[Journal]:
+        """Locks the unfinished run, creating it or continuing one with the same fingerprint."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with open(self.directory / "lock", "w", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise BadInput(f"another process is writing {self.out}; wait for it or choose another output") from error
+            self._claim(restart=restart)
+            yield self
+
+    def _claim(self, *, restart: bool) -> None:
+        run = self.directory / "run.json"
+        if restart:
+            for path in self.directory.glob("*.safetensors"):
+                path.unlink()
+        elif run.exists():
+            before = read_json(run)
+            if before != self.fingerprint:
+                changed = [key for key in self.fingerprint if before.get(key) != self.fingerprint[key]]
+                raise BadInput(
+                    f"an unfinished run for {self.out} used other settings ({', '.join(changed) or 'older version'}); "
+                    "repeat its command to finish it, or pass --restart to discard it"
+                )
+        write_json(run, self.fingerprint)
+
+    def discard(self) -> None:
+        """Removes everything of the unfinished run."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def block_path(self, index: int) -> Path:
+        return self.directory / f"block-{index:05}.safetensors"
+
+    def _state_path(self, index: int) -> Path:
+        return self.directory / f"state-{index:05}.safetensors"
+
+    def finished(self) -> int:
+        """How many blocks need not be done again (0 when nothing can be continued)."""
+        count = 0
+        while self.block_path(count).exists():
+            count += 1
+        return count if count and self._state_path(count - 1).exists() else 0
+
+    def write(self, index: int, tensors: Mapping[str, Tensor], records: Sequence[dict[str, Any]], streams: Streams) -> None:
+        """Commits block `index`."""
+        flat = {
+            f"{name}.{position:05}": tensor
+            for name, batches in streams.items()
+            for position, tensor in enumerate(batches)
+        }
+        _write(self._state_path(index), flat)
+        _write(self.block_path(index), tensors, {"records": json.dumps(records, allow_nan=False)})
+        if index:
+            self._state_path(index - 1).unlink(missing_ok=True)
+
+    def streams(self, index: int) -> Streams:
+        """The hidden states that leave block `index`, in the order they were written."""
+        file = SafetensorsFile(self._state_path(index))
+        streams: Streams = {}
+        for name in sorted(file.names()):
+            streams.setdefault(name.rpartition(".")[0], []).append(file.tensor(name))
+        return streams
+
+    def records(self, index: int) -> list[dict[str, Any]]:
+        """What was noted of the layers of block `index`."""
+        found: list[dict[str, Any]] = json.loads(SafetensorsFile(self.block_path(index)).metadata["records"])
+        return found
+
+    def publish(self) -> None:
+        """Renames the assembled checkpoint to its final name and removes the rest."""
+        if self.out.exists():
+            self.out.rmdir()  # only ever an empty directory: anything else was refused at the start
+        os.replace(self.final, self.out)
+        self.discard()
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    def provider(tensor: Tensor) -> Any:
+        return lambda: tensor.detach().cpu().contiguous()
+
+    items = [(name, t.dtype, tuple(t.shape), provider(t)) for name, t in tensors.items()]
+    write_stream(path, items, metadata)
+
+
+def total_bytes(streams: Streams) -> int:
+    """Bytes of all hidden states."""
+    return sum(t.numel() * torch.tensor([], dtype=t.dtype).element_size() for ts in streams.values() for t in ts)

@@ -1,0 +1,427 @@
+"""`fewbits quantize`: plan, calibrate, quantize, measure, write; one block in memory at a time.
+
+Three streams of hidden states run through the model together:
+
+- *calibration*: the text the methods learn from, through the blocks quantized so far;
+- *original* and *quantized*: held-out text through the original blocks and through the quantized ones.
+
+After the last block, the two held-out streams give logits, so perplexity, KL and top-1 agreement of the very
+model being written are known without ever holding a whole model. They go into the certificate.
+
+A killed run continues where it was (journal.py). The output directory appears by one rename at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.algorithms import METHODS
+from fewbits.algorithms.base import WeightMethod
+from fewbits.calibration.collect import Ref
+from fewbits.calibration.data import TextSpec, TokenSet, pack, read_texts
+from fewbits.checkpoints import compressed_tensors, native
+from fewbits.checkpoints.base import Source
+from fewbits.checkpoints.source import open_source
+from fewbits.core.errors import BadInput, FewbitsError, Unsupported, unknown
+from fewbits.core.progress import OnProgress, Progress
+from fewbits.core.units import bytes_text
+from fewbits.formats import Scheme, parse_scheme
+from fewbits.models.walk import linears
+from fewbits.pipeline import certificate, output
+from fewbits.pipeline.block import Layer, quantized_activations, solve_block
+from fewbits.pipeline.journal import Journal, Streams
+from fewbits.pipeline.measure import measure
+from fewbits.pipeline.shell import ModelShell, check_vocabulary, round_parameters
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CHECKPOINT_FORMATS = ("auto", "compressed-tensors", "native")
+_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything that decides the bytes of the output, checked before any work is done."""
+
+    source: Source
+    out: Path
+    scheme: Scheme
+    method_name: str
+    method: WeightMethod
+    sequential: bool
+    ignore: tuple[str, ...]
+    dtype: torch.dtype
+    device: torch.device
+    checkpoint_format: str
+    calibration: TokenSet | None
+    probe: TokenSet | None
+    seed: int
+
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON that two runs share exactly when they compute the same tensors."""
+        return {
+            "journal": 1,
+            "source": self.source.identity,
+            "scheme": [self.scheme.weights.name, self.scheme.activations and self.scheme.activations.name],
+            "method": [self.method_name, repr(self.method), self.sequential],
+            "ignore": list(self.ignore),
+            "dtype": str(self.dtype),
+            "device": self.device.type,
+            "checkpoint_format": self.checkpoint_format,
+            "calibration": self.calibration and self.calibration.sha256,
+            "evaluation": self.probe and self.probe.sha256,
+        }
+
+
+def quantize(
+    model: str | Path,
+    scheme: str = "W4A16",
+    *,
+    out: str | Path,
+    group_size: int | None = None,
+    method: str | None = "gptq",
+    method_options: dict[str, Any] | None = None,
+    calibration: TextSpec = None,
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    ignore: Sequence[str] = ("lm_head",),
+    dtype: str | None = None,
+    device: str | None = None,
+    checkpoint_format: str = "auto",
+    eval_samples: int = 8,
+    sequential: bool = False,
+    restart: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Path:
+    """Quantizes `model` (directory, .gguf, hub id or "demo") to `scheme` and writes a checkpoint to `out`.
+
+    scheme: an ecosystem name (W4A16, FP8_DYNAMIC) or a format name (nf4-g64); `group_size` resizes its groups.
+    method: see ``fewbits list methods``; `method_options` are its fields (damping, act_order, ...).
+    calibration: text file(s) or a list of strings, default the built-in text; cut into `samples` windows of
+    `sequence_length` tokens, chosen by `seed`.
+    ignore: module names to leave as they are; "re:" starts a regular expression, * ? are wildcards.
+    dtype: what is not quantized is stored as this (default: the model's own).
+    eval_samples: windows of held-out built-in text to measure the loss on; 0 to leave it unmeasured.
+    Raises BadInput before any work for arguments that make no sense, FewbitsError for a run that fails; an
+    interrupted or failed run leaves `out` untouched and continues when repeated.
+    """
+    started = time.time()
+    job = _prepare(
+        Path(out), model, scheme, group_size, method or "rtn", method_options or {}, calibration, samples,
+        sequence_length, seed, tuple(ignore), dtype, device, checkpoint_format, eval_samples, sequential,
+    )  # fmt: skip
+    report = on_progress or (lambda _: None)
+    journal = Journal(job.out, job.fingerprint())
+    if certificate.is_of(job.out, journal.fingerprint):
+        report(Progress("done", 1, 1, f"{job.out} is already complete"))
+        return job.out
+    _check_output(job.out)
+    with journal.open(restart=restart):
+        try:
+            _run(job, journal, report, started)
+        except BadInput:
+            # The input itself is at fault: nothing here could be continued.
+            journal.discard()
+            raise
+        except OSError as error:
+            raise FewbitsError(
+                f"{job.out}: {error.strerror or error}; finished blocks are kept, repeat the command to continue"
+            ) from error
+    return job.out
+
+
+def _prepare(
+    out: Path, model: str | Path, scheme_name: str, group_size: int | None, method_name: str,
+    options: dict[str, Any], text: TextSpec, samples: int | None, sequence_length: int | None, seed: int,
+    ignore: tuple[str, ...], dtype_name: str | None, device_name: str | None, checkpoint_format: str,
+    eval_samples: int, sequential: bool,
+) -> Job:  # fmt: skip
+    scheme = parse_scheme(scheme_name, group_size)
+    method = make_method(method_name, options)
+    if checkpoint_format not in CHECKPOINT_FORMATS:
+        raise unknown("checkpoint format", checkpoint_format, CHECKPOINT_FORMATS)
+    if dtype_name is not None and dtype_name not in DTYPES:
+        raise unknown("dtype", dtype_name, DTYPES)
+    device = _device(device_name)
+    for pattern in ignore:
+        _compiled(pattern)
+    source = open_source(model)
+    dtype = DTYPES[dtype_name] if dtype_name else source.dtype
+    scheme = dataclasses.replace(scheme, weights=scheme.weights.with_scale_dtype(dtype))
+    if "lm_head" not in ignore and "lm_head.weight" in source.tied():
+        raise Unsupported("lm_head shares its tensor with the embeddings, which stay dense: keep --ignore lm_head")
+    tokenizer = source.load_tokenizer()
+    limit = source.config().get("max_position_embeddings")
+    length = sequence_length or min(512, limit or 512)
+    tokens = None
+    if "hessian" in method.statistics:
+        texts, described = read_texts(text)
+        tokens = pack(
+            texts, tokenizer, sequence_length=length, samples=samples or _default_samples(source, length), seed=seed, max_length=limit,
+            description=described,
+        )  # fmt: skip
+    probe = None
+    if eval_samples:
+        texts, described = read_texts(None, split="evaluation")
+        probe = pack(
+            texts, tokenizer, sequence_length=min(512, limit or 512), samples=None, at_most=eval_samples,
+            description=described,
+        )  # fmt: skip
+    return Job(
+        source=source, out=out.absolute(), scheme=scheme, method_name=method_name, method=method,
+        sequential=sequential, ignore=ignore, dtype=dtype, device=device, checkpoint_format=checkpoint_format,
+        calibration=tokens, probe=probe, seed=seed,
+    )  # fmt: skip
+
+
+def _default_samples(source: Source, sequence_length: int) -> int:
+    """Four tokens for every input of the widest linear: fewer leave its Hessian poor, more change little."""
+    sizes = ("hidden_size", "intermediate_size", "moe_intermediate_size")
+    widest = max(int(source.config().get(name) or 0) for name in sizes)
+    return max(16, -(-4 * widest // sequence_length))
+
+
+def make_method(name: str, options: dict[str, Any]) -> WeightMethod:
+    """The method called `name` with `options`; BadInput for one it does not have."""
+    kind = METHODS.get(name)
+    allowed = [field.name for field in dataclasses.fields(kind)]
+    for option in options:
+        if option not in allowed:
+            raise unknown(f"option of method {name}", option, allowed)
+    made: WeightMethod = kind(**options)
+    return made
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BadInput(f"unknown device {name!r}; use cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BadInput(f"device {name!r}: torch sees no GPU; use cpu, or install torch for your GPU")
+    return device
+
+
+def _check_output(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"{out} exists and holds something else; choose another output, or remove it first")
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern))
+    except re.error as error:
+        raise BadInput(f"ignore pattern {pattern!r} is no regular expression: {error}") from error
+
+
+def _ignored(name: str, patterns: Iterable[str]) -> bool:
+    return any(_compiled(pattern).match(name) for pattern in patterns)
+
+
+def _batches(tokens: TokenSet | None) -> list[Tensor]:
+    if tokens is None:
+        return []
+    size = max(1, _BATCH_TOKENS // tokens.ids.shape[1])
+    return list(tokens.ids.split(size))
+
+
+def _run(job: Job, journal: Journal, report: OnProgress, started: float) -> None:
+    # What is computed: float32 on a CPU and for sources that hold float32; else the model's own dtype.
+    first = job.source.info(next(name for name in job.source.names() if name.endswith(".weight")))
+    compute = torch.float32 if job.device.type == "cpu" else first.dtype
+    shell = ModelShell(job.source, job.device, compute)
+    chosen = [_chosen(shell, index, job) for index in range(len(shell.blocks))]
+    if not any(chosen):
+        raise BadInput(f"nothing to quantize: every linear matches an ignore pattern ({', '.join(job.ignore)})")
+    kind = _checkpoint_kind(job, chosen)
+    for tokens in (job.calibration, job.probe):
+        if tokens is not None:
+            check_vocabulary(tokens.ids, shell.model.config)
+    _check_space(job)
+
+    total = len(shell.blocks)
+    done = journal.finished()
+    report(Progress("quantize", done, total, f"resumed after block {done}" if done else "embedding the text"))
+    streams = _embed(job, shell)
+    if done:
+        streams = journal.streams(done - 1)
+    for index in range(done, total):
+        layers = _do_block(job, shell, index, chosen[index], streams)
+        tensors = {name: tensor for layer in layers for name, tensor in _encoded(layer, job, kind).items()}
+        records = [layer.record for layer in layers]
+        journal.write(index, tensors, records, streams)
+        report(Progress("quantize", index + 1, total, _note(records)))
+
+    report(Progress("measure", 0, 1, "held-out text"))
+    evaluations = []
+    if job.probe is not None:
+        pairs = shell.logit_pairs(_batches(job.probe), streams["original"], streams["quantized"], job.dtype)
+        evaluations.append(
+            measure(job.method_name, job.out.name, job.source.path, job.probe, pairs, compute, job.device)
+        )
+    report(Progress("write", 0, 1, str(job.out)))
+    _assemble(job, journal, shell, kind, chosen, evaluations, started)
+    journal.publish()
+    report(Progress("done", 1, 1, str(job.out)))
+
+
+def _chosen(shell: ModelShell, index: int, job: Job) -> list[Ref]:
+    prefix, block = shell.blocks[index]
+    refs = [ref for ref in linears(block, shell.topology) if not _ignored(f"{prefix}.{ref.name}", job.ignore)]
+    for ref in refs:
+        size = job.scheme.weights.scaling.group_size
+        if size is not None and size > ref.shape[1]:
+            raise BadInput(
+                f"{prefix}.{ref.name}: group size {size} is larger than its input dimension {ref.shape[1]}; "
+                "choose a smaller --group-size or ignore the layer"
+            )
+    return refs
+
+
+def _checkpoint_kind(job: Job, chosen: list[list[Ref]]) -> str:
+    reasons = {
+        compressed_tensors.refuses(job.scheme.weights, job.scheme.activations, ref.shape) for refs in chosen for ref in refs
+    } - {None}
+    if job.checkpoint_format == "native" or (reasons and job.checkpoint_format == "auto"):
+        return native.QUANT_METHOD
+    if reasons:
+        raise Unsupported(
+            f"compressed-tensors cannot say {job.scheme.weights.name} for this model: {sorted(map(str, reasons))[0]}; "
+            "use the native checkpoint format, or another group size"
+        )
+    return compressed_tensors.QUANT_METHOD
+
+
+def _check_space(job: Job) -> None:
+    """Refuses early what would run out of disk: codes twice (journal and output) and two states."""
+    config = job.source.config()
+    width = int(config.get("hidden_size") or 0)
+    tokens = sum(t.tokens * n for t, n in ((job.calibration, 1), (job.probe, 2)) if t is not None)
+    needed = 2 * job.source.nbytes + 2 * 4 * tokens * width
+    parent = next(folder for folder in [job.out.parent, *job.out.parents] if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise FewbitsError(f"{parent}: {bytes_text(free)} free, up to {bytes_text(needed)} needed; free space or choose another disk")
+
+
+def _embed(job: Job, shell: ModelShell) -> Streams:
+    streams: Streams = {}
+    with shell.resident_outside(head=False):
+        streams["original"] = shell.embed(_batches(job.probe))
+    # What will be stored rounded is rounded before the quantized model is run on it.
+    with shell.resident_outside(head=False, round_to=job.dtype):
+        streams["quantized"] = shell.embed(_batches(job.probe))
+        streams["calibration"] = shell.embed(_batches(job.calibration))
+    return streams
+
+
+def _do_block(job: Job, shell: ModelShell, index: int, refs: list[Ref], streams: Streams) -> list[Layer]:
+    """Quantizes block `index` and moves all three streams past it, in place."""
+    prefix, block = shell.blocks[index]
+
+    def advance(name: str) -> None:
+        for position, hidden in enumerate(streams[name]):
+            streams[name][position] = shell.forward(index, hidden).to(hidden.device)
+
+    with shell.resident(prefix, block):
+        advance("original")
+        weights = {id(parameter) for parameter in _weights(refs)}
+        round_parameters((p for p in block.parameters() if id(p) not in weights), job.dtype)
+        with quantized_activations(refs, job.scheme.activations):
+            layers = solve_block(
+                shell, index, refs, job.scheme, job.method, streams["calibration"], sequential=job.sequential
+            )
+            if index + 1 < len(shell.blocks):
+                advance("calibration")
+            advance("quantized")
+    return layers
+
+
+def _weights(refs: Iterable[Ref]) -> Iterator[torch.nn.Parameter]:
+    for ref in refs:
+        yield ref.module.weight if hasattr(ref, "module") else getattr(ref.owner, ref.parameter)
+
+
+def _encoded(layer: Layer, job: Job, kind: str) -> dict[str, Tensor]:
+    if kind == compressed_tensors.QUANT_METHOD:
+        tensors = compressed_tensors.encode(layer.weight, job.scheme.activations)
+    else:
+        tensors = layer.weight.to_state()
+    return {f"{layer.disk_name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+
+
+def _note(records: Sequence[dict[str, Any]]) -> str:
+    if not records:
+        return "kept"
+    worst = max(records, key=lambda record: record["relative_error"])
+    return f"worst {worst['kind']} error {100 * worst['relative_error']:.2g} %"
+
+
+def _assemble(
+    job: Job,
+    journal: Journal,
+    shell: ModelShell,
+    kind: str,
+    chosen: list[list[Ref]],
+    evaluations: list[dict[str, Any]],
+    started: float,
+) -> None:
+    directory = journal.final
+    if directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir()
+    modules = {
+        f"{prefix}.{ref.disk_name}": ref.shape
+        for (prefix, _), refs in zip(shell.blocks, chosen, strict=True)
+        for ref in refs
+    }
+    present = set(job.source.names())
+    absent = sorted(name for name in modules if f"{name}.weight" not in present)
+    if absent:
+        raise Unsupported(
+            f"{absent[0]}.weight is fused in the source file; fewbits writes experts apart: split the source first"
+        )
+    tied = {name for name in present if name == "lm_head.weight" and job.source.config().get("tie_word_embeddings")}
+    dropped = {name: "computed from config.json" for name in present if name.endswith("rotary_emb.inv_freq")}
+    kept, account = output.kept_items(
+        job.source, {f"{name}.weight" for name in modules}, tied - {"model.embed_tokens.weight"}, dropped, job.dtype
+    )
+    blocks = [journal.block_path(index) for index in range(len(shell.blocks))]
+    items = [*kept, *output.block_items(blocks)]
+    size = output.write_shards(directory, items)
+    if kind == compressed_tensors.QUANT_METHOD:
+        ignore = _linear_names(shell) - set(modules)
+        config = compressed_tensors.quantization_config(job.scheme.weights, job.scheme.activations, ignore)
+    else:
+        config = native.quantization_config(
+            {name: native.module_entry(job.scheme.weights, job.scheme.activations, shape) for name, shape in modules.items()}
+        )
+    output.write_config(directory, job.source, job.dtype, config)
+    output.write_companions(directory, job.source)
+    found = certificate.build(
+        job, kind, [record for index in range(len(blocks)) for record in journal.records(index)],
+        account, size, evaluations, journal.fingerprint, time.time() - started,
+    )  # fmt: skip
+    certificate.write(directory, found)
+    output.write_card(directory, found)
+
+
+def _linear_names(shell: ModelShell) -> set[str]:
+    """Every linear of the model by its name, for the ignore list of the config."""
+    names = {name for name, module in shell.model.named_modules() if isinstance(module, torch.nn.Linear)}
+    experts = {f"{prefix}.{ref.disk_name}" for prefix, block in shell.blocks for ref in linears(block, shell.topology)}
+    return names | experts
+

@@ -1,0 +1,130 @@
+"""Laws that every registered format obeys; a new element enrols itself by being in the table."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fewbits.core.errors import BadInput
+from fewbits.formats import Grid, Quantized, known_formats, parse_format
+from fewbits.formats.elements import ELEMENTS, UNSIGNED
+from fewbits.formats.grid import FloatGrid
+
+FORMATS = known_formats()
+GRIDS = {**ELEMENTS, **{f"u{name}": grid for name, grid in UNSIGNED.items()}}
+SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def table(grid: Grid) -> Grid:
+    """The same grid by look-up, which is the definition."""
+    return Grid(grid.name, grid.bits, grid.levels, grid.ties_up)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_arithmetic_equals_the_table_bit_for_bit(name: str) -> None:
+    grid = GRIDS[name]
+    levels = torch.tensor(grid.levels, dtype=torch.float32)
+    middles = (levels[1:] + levels[:-1]) / 2
+    nudged = [torch.nextafter(middles, torch.full_like(middles, way)) for way in (-torch.inf, torch.inf)]
+    spread = torch.linspace(1.2 * levels[0] - 1, 1.2 * levels[-1] + 1, 20011)
+    x = torch.cat([levels, middles, *nudged, spread, torch.tensor([0.0, -0.0, 1e-38, -1e-38, 1e30, -1e30])])
+    for dtype in (torch.float32, torch.float64):
+        assert torch.equal(grid.snap(x.to(dtype)), table(grid).snap(x.to(dtype)))
+        assert torch.equal(grid.nearest(x.to(dtype)), table(grid).nearest(x.to(dtype)))
+    assert torch.equal(grid.value(grid.nearest(x)), grid.snap(x) + 0.0)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_snap_is_idempotent_monotone_and_nearest(name: str) -> None:
+    grid = GRIDS[name]
+    x = torch.linspace(1.1 * grid.levels[0], 1.1 * grid.levels[-1], 5001, dtype=torch.float64)
+    snapped = grid.snap(x)
+    assert torch.equal(grid.snap(snapped), snapped)
+    assert bool((snapped[1:] >= snapped[:-1]).all())
+    levels = torch.tensor(grid.levels, dtype=torch.float64)
+    best = (x[:, None] - levels).abs().min(dim=1).values
+    assert torch.allclose((x - snapped).abs(), best, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_quantize_obeys_its_laws_at_any_shape(name: str, data: st.DataObject) -> None:
+    format = parse_format(name).with_scale_dtype(data.draw(st.sampled_from(SCALE_DTYPES)))
+    size = format.scaling.group_size or 1
+    shape = data.draw(st.integers(1, 5)), data.draw(st.integers(size, size + 150))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 30)))
+    magnitude = data.draw(st.sampled_from([1e-3, 1.0, 300.0]))
+    w = magnitude * torch.randn(shape, generator=generator)
+    q = format.quantize(w)
+
+    # What is stored is what was computed: pack, unpack, decode.
+    again = Quantized.from_state(format, q.shape, q.to_state())
+    decoded = q.dequantize()
+    assert torch.equal(again.dequantize(), decoded)
+    assert q.to_state()["codes"].shape == (shape[0], math.ceil(shape[1] * format.bits / 8))
+
+    scale, zero = format.expand(q.scale, q.zero, shape[1])
+    assert torch.equal(format.snap(w, scale, zero) + 0.0, decoded + 0.0)
+    assert torch.equal(format.encode(decoded, scale, zero), q.codes)
+
+    # No error beyond half the widest gap, plus what rounding the scale itself may clip.
+    gaps = max(b - a for a, b in zip(format.grid.levels, format.grid.levels[1:], strict=False))
+    slack = 2 * torch.finfo(format.scaling.scale_dtype).eps * max(map(abs, format.grid.levels)) + 0.01
+    bound = (gaps / 2 + slack) * scale.float() + (scale.float() * 0.5 if zero is not None else 0)
+    assert bool(((w - decoded).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_zeros_stay_zeros(name: str) -> None:
+    format = parse_format(name)
+    w = torch.zeros(3, 200)
+    w[1, :64] = 0.3
+    decoded = format.quantize(w).dequantize()
+    assert bool((decoded[w == 0] == 0).all())
+    assert bool((format.quantize(torch.zeros(2, 130)).dequantize() == 0).all())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_is_refused_by_name(name: str, value: float) -> None:
+    w = torch.ones(2, 128)
+    w[1, 7] = value
+    with pytest.raises(BadInput, match=r"layer\.3: 1 of 256 values are NaN or infinite"):
+        parse_format(name).quantize(w, "layer.3")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("magnitude", [1e-44, 1e-38, 1e-30])
+def test_tiny_values_do_not_become_nan(name: str, magnitude: float) -> None:
+    format = parse_format(name).with_scale_dtype(torch.float16)
+    decoded = format.quantize(torch.full((2, 128), magnitude)).dequantize()
+    assert bool(torch.isfinite(decoded).all())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_ragged_groups_equal_the_groups_alone(name: str) -> None:
+    """The short last group is quantized exactly as if it were a tensor of its own."""
+    format = parse_format(name)
+    size = format.scaling.group_size
+    if size is None:
+        return
+    w = torch.randn(4, 2 * size + 17, generator=torch.Generator().manual_seed(1))
+    whole = format.quantize(w).dequantize()
+    channel = parse_format(name.replace(f"-g{size}", "-channel"))
+    for start in range(0, w.shape[1], size):
+        part = w[:, start : start + size]
+        assert torch.equal(whole[:, start : start + size], channel.quantize(part).dequantize())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_bits_per_weight_counts_what_is_stored(name: str) -> None:
+    format = parse_format(name).with_scale_dtype(torch.bfloat16)
+    shape = (32, 640)
+    state = format.quantize(torch.randn(shape)).to_state()
+    stored = 8 * sum(t.numel() * t.element_size() for t in state.values()) / (shape[0] * shape[1])
+    assert format.bits_per_weight(shape) == pytest.approx(stored, abs=0.02)
