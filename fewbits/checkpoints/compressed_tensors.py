@@ -50,6 +50,10 @@ def refuses(format: Format, activations: Format | None, shape: tuple[int, int]) 
         return "it has no group scales for FP8"
     if scaling.zero_point and scaling.block == "tensor":
         return "it packs no zero point per tensor"
+    if activations is not None and kind == "integer" and format.bits == 8 and (
+        scaling.zero_point or scaling.block == "group"
+    ):
+        return "int-quantized holds symmetric weights per channel or tensor"
     if activations is not None and activations.scaling.block != "token":
         return f"activations as {activations.name} are not dynamic per token"
     return None
@@ -105,11 +109,13 @@ def quantization_config(format: Format, activations: Format | None, ignore: Iter
 
 def _to_words(codes: Tensor, bits: int) -> Tensor:
     packed = packing.pack(codes, bits)
-    return torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 4)).contiguous().view(torch.int32)
+    padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 4))
+    # Through one dimension: a matrix of one row may keep a stride that no view as words accepts.
+    return padded.reshape(-1).view(torch.int32).reshape(len(codes), -1)
 
 
 def _from_words(words: Tensor, bits: int, count: int) -> Tensor:
-    packed = words.contiguous().view(torch.uint8)
+    packed = words.reshape(-1).view(torch.uint8).reshape(len(words), -1)
     length = packing.packed_length(count, bits)
     if packed.shape[-1] != -(-length // 4) * 4:
         raise BadInput(f"packed rows of {packed.shape[-1]} bytes; {count} codes of {bits} bits take {length}")
@@ -144,7 +150,8 @@ def _format_of(arguments: dict[str, Any], *, where: str) -> Format:
     bits, kind, strategy = arguments.get("num_bits"), arguments.get("type"), arguments.get("strategy")
     if arguments.get("dynamic") not in (True, False, None):
         raise Unsupported(f"{where}: dynamic={arguments['dynamic']!r} is not read by fewbits")
-    element = {("int", bits): f"int{bits}", ("float", 8): "fp8_e4m3"}.get((kind, bits))
+    readable = {("int", width): f"int{width}" for width in range(2, 9)} | {("float", 8): "fp8_e4m3"}
+    element = readable.get((kind, bits))
     if element is None or strategy not in ("tensor", "channel", "group", "token"):
         raise Unsupported(f"{where}: {bits}-bit {kind} per {strategy} is not read by fewbits; load it with vLLM or transformers")
     zero = "" if arguments.get("symmetric", True) else "-asym"
@@ -192,7 +199,10 @@ def decode(source: Source, module: str, group: dict[str, Any]) -> DecodedModule:
     scale = source.tensor(f"{module}.weight_scale")
     zero = None
     if f"{module}.weight_packed" in source.names():
-        rows, columns = (int(size) for size in source.tensor(f"{module}.weight_shape"))
+        shape = source.tensor(f"{module}.weight_shape")
+        if shape.numel() != 2 or shape.dtype != torch.int64 or int(shape.min()) < 1:
+            raise BadInput(f"{module}.weight_shape: {shape.tolist()} is no shape [out, in]")
+        rows, columns = (int(size) for size in shape)
         words = source.tensor(f"{module}.weight_packed")
         if words.dim() != 2 or words.shape[0] != rows or words.dtype != torch.int32:
             raise BadInput(f"{module}.weight_packed: {words.dtype} {tuple(words.shape)} does not hold {rows} rows")
@@ -208,7 +218,10 @@ def decode(source: Source, module: str, group: dict[str, Any]) -> DecodedModule:
             codes = format.grid.nearest(stored.float())
         else:
             raise BadInput(f"{module}.weight: {stored.dtype}; int8 or float8_e4m3fn belongs to {group.get('format')}")
-    scale = scale.reshape(format.parameter_shape((codes.shape[0], codes.shape[1])))
+    expected = format.parameter_shape((codes.shape[0], codes.shape[1]))
+    if scale.numel() != expected[0] * expected[1]:
+        raise BadInput(f"{module}.weight_scale: shape {tuple(scale.shape)}; {format.name} has {expected} here")
+    scale = scale.reshape(expected)
     if not bool(torch.isfinite(scale).all()):
         raise BadInput(f"{module}.weight_scale holds NaN or infinite values: the checkpoint is damaged")
     weight = Quantized(format=format.with_scale_dtype(scale.dtype), codes=codes, scale=scale, zero=zero)

@@ -38,6 +38,9 @@ class MissingExtra(BadInput, ImportError):
         self.package, self.extra = package, extra
 
 
+_SHOWN = 24  # names an error lists; a longer list is cut, nearest first
+
+
 def nearest_first(name: str, known: Iterable[str]) -> list[str]:
     """`known` reordered so that the names most like `name` come first."""
     return sorted(
@@ -52,4 +55,5 @@ def nearest_first(name: str, known: Iterable[str]) -> list[str]:
 def unknown(kind: str, name: str, known: Iterable[str]) -> BadInput:
     """The error for a name no table holds; lists the known ones, nearest first."""
     names = nearest_first(name, known)
-    return BadInput(f"unknown {kind} {name!r}; known: {', '.join(names)}")
+    shown = names if len(names) <= _SHOWN else [*names[:_SHOWN], f"and {len(names) - _SHOWN} more"]
+    return BadInput(f"unknown {kind} {name!r}; known: {', '.join(shown)}")
