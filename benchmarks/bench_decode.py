@@ -1,8 +1,9 @@
 """Decoding speed on this machine, batch 1, side by side in one run: tokens/s of the embedded model.
 
-Rounds go through all contestants in turn and medians are reported, so a busy moment of the machine hits all alike. The
-weights are rounded to nearest in memory: which integers they hold does not change the time. The dense model runs in the
-decode engine as well: what the engine gains and what 4 bits gain are different things.
+Rounds go through all contestants in turn and medians are reported, so a busy moment of the machine hits all
+alike. The weights are rounded to nearest in memory: which integers they hold does not change the time. The
+dense model runs in the decode engine as well: what the engine gains and what 4 bits gain are different
+things.
 
     python benchmarks/bench_decode.py [--tokens 64] [--rounds 5] [--threads 2] [--only engine]
 """

@@ -88,6 +88,10 @@ def _arguments(format: Format, *, dynamic: bool) -> dict[str, Any]:
 def quantization_config(format: Format, activations: Format | None, ignore: Iterable[str]) -> dict[str, Any]:
     """`quantization_config` of config.json for a model whose linears, but for `ignore`, are of `format`."""
     kind = layout(format, activations)
+    # compressed-tensors 0.20 sizes an asymmetric module's packed zero points wrongly before loading (its
+    # meta-device path leaves them unpacked), so transformers refuses the file; decoding while loading is sound.
+    # vLLM and SGLang do not read this key.
+    extra = {"dequantize": True} if format.scaling.zero_point else {}
     group = {
         "targets": ["Linear"],
         "weights": _arguments(format, dynamic=False),
@@ -104,6 +108,7 @@ def quantization_config(format: Format, activations: Format | None, ignore: Iter
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "version": _VERSION,
+        **extra,
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -43,10 +45,9 @@ CHECKPOINTS: tuple[Row, ...] = (
 )
 
 
-def _summary(thing: Any) -> str:
-    """The first sentence of what `thing` says of itself."""
-    text = (type(thing).__doc__ if not isinstance(thing, type) else thing.__doc__) or ""
-    return text.strip().split("\n")[0].rstrip(".")
+def _summary(thing: type) -> str:
+    """The first line of the module `thing` is taught in."""
+    return (sys.modules[thing.__module__].__doc__ or "").strip().split("\n")[0].rstrip(".")
 
 
 def formats() -> list[Row]:
@@ -85,7 +86,7 @@ def methods() -> list[Row]:
         {
             "method": name,
             "needs": ", ".join(sorted(method.statistics)) or "no data",
-            "options": ", ".join(getattr(method, "__dataclass_fields__", {})),
+            "options": ", ".join(field.name for field in dataclasses.fields(method)),
             "what": _summary(method),
         }
         for name, method in METHODS.items()

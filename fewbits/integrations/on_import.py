@@ -1,10 +1,10 @@
 """Registers fewbits with transformers when, and only when, transformers' quantizers are imported.
 
-`import fewbits` has to make ``AutoModelForCausalLM.from_pretrained`` understand the native format, yet importing
-transformers' quantizers here would cost every use of fewbits 3.5 seconds (measured; 2 for torch alone), and
-most uses never call it. transformers looks quantization methods up in a dictionary of one module,
-``transformers.quantizers.auto``; so if that module is loaded already, registration happens at once, and if not, a
-finder on `sys.meta_path` waits for it, lets the ordinary import run, registers, and is gone.
+`import fewbits` has to make ``AutoModelForCausalLM.from_pretrained`` understand the native format, yet
+importing transformers' quantizers here would cost every use of fewbits 3.5 seconds (measured; 2 for torch
+alone), and most uses never call it. transformers looks quantization methods up in a dictionary of one module,
+``transformers.quantizers.auto``; so if that module is loaded already, registration happens at once, and if
+not, a finder on `sys.meta_path` waits for it, lets the ordinary import run, registers, and is gone.
 
 Trade-off: an import hook is machinery; in exchange nothing is paid before it is needed.
 """

@@ -3,9 +3,10 @@
     import fewbits
     model = AutoModelForCausalLM.from_pretrained("dir")      # config.json says quant_method "fewbits"
 
-transformers builds the model on the meta device and asks the quantizer, before it reads weights, to change what is to
-be different: every linear that config.json lists becomes a `QLinear` with empty canonical buffers, whose names are those
-of the checkpoint, so transformers' own loader fills them. After loading the layers are prepacked.
+transformers builds the model on the meta device and asks the quantizer, before it reads weights, to change
+what is to be different: every linear that config.json lists becomes a `QLinear` with empty canonical buffers,
+whose names are those of the checkpoint, so transformers' own loader fills them. After loading the layers are
+prepacked.
 
 Limit: experts in fused 3-D parameters have no linear to replace. `fewbits.load` decodes those.
 """
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
 class FewbitsConfig(QuantizationConfigMixin):
     """The `quantization_config` of a native checkpoint (fields: see fewbits.checkpoints.native)."""
 
-    def __init__(self, version: int = native.VERSION, modules: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, version: int = native.VERSION, modules: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         self.quant_method = native.QUANT_METHOD
         self.version = version
         self.modules = dict(modules or {})
@@ -55,8 +58,8 @@ class FewbitsQuantizer(HfQuantizer):
             linear = linears.get(name)
             if linear is None:
                 raise Unsupported(
-                    f"{name}: quantized in the checkpoint, but {type(model).__name__} has no linear of that name to "
-                    f"replace (fused experts, for example); use fewbits.load, which decodes such tensors"
+                    f"{name}: quantized in the checkpoint, but {type(model).__name__} has no linear of "
+                    f"that name to replace (fused experts, for example); use fewbits.load, which decodes such tensors"
                 )
             if shape != (linear.out_features, linear.in_features):
                 raise BadInput(f"{name}: quantized as {shape}; the model has {tuple(linear.weight.shape)}")

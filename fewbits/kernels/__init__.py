@@ -1,4 +1,4 @@
-"""Products with quantized weights: one definition (`reference`), several fast ways, and a dispatcher that explains."""
+"""Products with quantized weights: one definition (`reference`), several fast ways, a choice explained."""
 
 from fewbits.kernels.base import Kernel, LinearSpec, No, Packed, Yes
 from fewbits.kernels.dispatch import KERNELS, choose, explain

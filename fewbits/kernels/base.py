@@ -72,8 +72,8 @@ class Kernel(Protocol):
     name: the key in the registry.
     floor_db: least SQNR against the reference on Gaussian data, decibels.
     input_dtype: the dtype of x it computes in; a caller that can choose saves a cast. None: any.
-    recovers_codes: whether `codes` gives the canonical codes back from the packed layout, exactly. If not, whoever
-        holds the weight keeps them beside the packed tensors.
+    recovers_codes: whether `codes` gives the canonical codes back from the packed layout, exactly; if not,
+        whoever holds the weight keeps them beside the packed tensors.
     """
 
     name: str
@@ -95,7 +95,9 @@ class Kernel(Protocol):
         """Codes, uint8 [out, in], from the packed layout; only where `recovers_codes`."""
         ...
 
-    def join(self, parts: Sequence[Packed], specs: Sequence[LinearSpec]) -> tuple[Packed, list[Packed]] | None:
+    def join(
+        self, parts: Sequence[Packed], specs: Sequence[LinearSpec]
+    ) -> tuple[Packed, list[Packed]] | None:
         """Weights that read the same x as one taller weight: (the whole, each part as a view of the whole).
 
         The specs differ in `out` alone. None where the layout does not allow it.

@@ -1,15 +1,15 @@
 """Any format on a CPU: decoded once, kept as float16, multiplied by FBGEMM's half-precision product.
 
-Tables (NF4), minifloats (FP8, E2M1) and group-scaled 8-bit integers have no integer kernel in torch. Decoding them on
-every call would cost many times the product, so the weight is decoded once, at prepack, into 16 bits:
+Tables (NF4), minifloats (FP8, E2M1) and group-scaled 8-bit integers have no integer kernel in torch. Decoding
+them on every call would cost many times the product, so the weight is decoded once, at prepack, into 16 bits:
 
     W[n, k] = 2**e[n] * h[n, k]        h float16, max |h[n]| in [1, 2)
 
-The power of two per row keeps float16 from overflowing and from running into its subnormals. x stays float32, sums are
-float32, and only h is rounded: 11 bits of mantissa, about 72 dB.
+The power of two per row keeps float16 from overflowing and from running into its subnormals. x stays float32,
+sums are float32, and only h is rounded: 11 bits of mantissa, about 72 dB.
 
-Trade-off: memory is that of a 16-bit model plus the canonical codes, which are kept because float16 cannot give
-them back exactly. What is small on disk is not small in memory here.
+Trade-off: memory is that of a 16-bit model plus the canonical codes, which are kept because float16 cannot
+give them back exactly. What is small on disk is not small in memory here.
 """
 
 from __future__ import annotations

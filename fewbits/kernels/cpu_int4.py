@@ -7,17 +7,19 @@
 with x, scale and offset in bfloat16 and sums in float32. Codes of 2 and 3 bits are moved up so that their
 middle is 8; then offset = (2**(b-1) + level[0] - zero) * scale, which is 0 for symmetric formats.
 
-Layout. Rows come in blocks (32 on AVX2, 64 on AVX-512); within a block, column by column, a byte holds two rows.
-Which two depends on the build, so the order is probed once and a build with an order we do not know is refused.
-Groups that are no multiple of 32 are refused. Rows and columns are padded: the padded columns meet zeros in x.
+Layout. Rows come in blocks (32 on AVX2, 64 on AVX-512); within a block, column by column, a byte holds two
+rows. Which two depends on the build, so the order is probed once and a build with an order we do not know is
+refused. Groups that are no multiple of 32 are refused. Rows and columns are padded: the padded columns meet
+zeros in x.
 
-Accuracy. x, y, scales and offsets are rounded to 8 bits of mantissa: 52 to 53 dB per product measured on Gaussian data,
-45 guaranteed. Rounding the weights to 4 bits is worth about 20 dB, so this adds under a hundredth to its noise power.
-Results therefore differ in the third digit from a float32 product with the same codes; they repeat bit for bit.
+Accuracy. x, y, scales and offsets are rounded to 8 bits of mantissa: 52 to 53 dB per product measured on
+Gaussian data, 45 guaranteed. Rounding the weights to 4 bits is worth about 20 dB, so this adds under a
+hundredth to its noise power. Results therefore differ in the third digit from a float32 product with the same
+codes; they repeat bit for bit.
 
-Speed. For a few rows the time is that of unpacking (some 5 G weights/s on an AVX2 core), nearly the same for 1 and 4
-rows. From `_MANY_ROWS` rows on, decoding the weight tile by tile to float32 and multiplying by a dense product is faster;
-that path rounds nothing.
+Speed. For a few rows the time is that of unpacking (some 5 G weights/s on an AVX2 core), nearly the same for
+1 and 4 rows. From `_MANY_ROWS` rows on, decoding the weight tile by tile to float32 and multiplying by a
+dense product is faster; that path rounds nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +32,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from fewbits.formats import Quantized
-from fewbits.kernels.base import LinearSpec, No, Packed, Yes, affine, joined_rows, on_cpu, operator_exists, split_levels
+from fewbits.kernels.base import (
+    LinearSpec,
+    No,
+    Packed,
+    Yes,
+    affine,
+    joined_rows,
+    on_cpu,
+    operator_exists,
+    split_levels,
+)
 
 _GROUPS = (256, 128, 64, 32)
 _MANY_ROWS = 128
@@ -50,7 +62,7 @@ def kernel_group(group_size: int | None, in_features: int) -> int | None:
 
 @lru_cache(maxsize=1)
 def _layout() -> tuple[int, bool] | None:
-    """(rows per block, whether a byte holds adjacent rows) of this build's packing, or None if neither is known."""
+    """(rows per block, whether a byte holds adjacent rows) of this build's packing; None: unknown."""
     codes = (torch.arange(128 * 32).reshape(128, 32) * 7 % 16).to(torch.uint8)
     codes = codes ^ (torch.arange(128) % 13).to(torch.uint8)[:, None]
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 2)

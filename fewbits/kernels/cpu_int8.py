@@ -2,30 +2,42 @@
 
     y[m, n] = (sum_k x[m, k] * q[n, k]) * scale[n]  +  (sum_k x[m, k]) * (half - zero[n]) * scale[n]
 
-q is the code less half its range, as int8; `aten::_weight_int8pack_mm` computes the first term in bfloat16 with
-float32 sums, and the second, which only asymmetric formats have, is a rank-one correction in float32.
+q is the code less half its range, as int8; `aten::_weight_int8pack_mm` computes the first term in bfloat16
+with float32 sums, and the second, which only asymmetric formats have, is a rank-one correction in float32.
 Scales per group are refused: the product knows one scale per row.
 
-Quantized activations (W8A8) multiply levels instead of x, which are exact in bfloat16. torch's int8 x int8 product,
-`torch._int_mm`, is exact too, but without the AVX-512 VNNI or AMX instructions it is a plain loop: 25 times slower
-than float32 here (238 ms against 9 ms for 256 x 576 x 3072 on 2 AVX2 cores), so it is not used.
+Quantized activations (W8A8) multiply levels instead of x, which are exact in bfloat16. torch's int8 x int8
+product, `torch._int_mm`, is exact too, but without the AVX-512 VNNI or AMX instructions it is a plain loop:
+25 times slower than float32 here (238 ms against 9 ms for 256 x 576 x 3072 on 2 AVX2 cores), so it is not
+used.
 
-Rows and columns are padded to whole blocks: the product reads 16 columns at a time and past the end of a row that is no
-multiple of that.
+Rows and columns are padded to whole blocks: the product reads 16 columns at a time and past the end of a row
+that is no multiple of that.
 
-Accuracy: x, y and the scales are rounded to bfloat16, 50 to 55 dB per product. From `_MANY_ROWS` rows on, tiles of
-q go to float32 and a dense product is faster; that path rounds nothing.
+Accuracy: x, y and the scales are rounded to bfloat16, 50 to 55 dB per product. From `_MANY_ROWS` rows on,
+tiles of q go to float32 and a dense product is faster; that path rounds nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fewbits.formats import Quantized
-from fewbits.kernels.base import LinearSpec, No, Packed, Yes, affine, joined_rows, on_cpu, operator_exists, split_levels
+from fewbits.kernels.base import (
+    LinearSpec,
+    No,
+    Packed,
+    Yes,
+    affine,
+    joined_rows,
+    on_cpu,
+    operator_exists,
+    split_levels,
+)
 
 _MANY_ROWS = 32
 _TILE = 512

@@ -1,8 +1,9 @@
-"""Integer weights of at most 4 bits on an NVIDIA GPU (compute capability 8.0 and up), by torch's tinygemm product.
+"""Integer weights of at most 4 bits on an NVIDIA GPU (compute capability 8.0 up), by torch's tinygemm.
 
-The formula, the groups and the padding are those of `cpu_int4` (see there); the tile order is the GPU's own, so the
-canonical codes are kept. `aten::_weight_int4pack_mm` is made for a few rows: with many it unpacks the weight again for
-every 16 rows, and from `_MANY_ROWS` rows on decoding once and calling a dense bfloat16 product is used instead.
+The formula, the groups and the padding are those of `cpu_int4` (see there); the tile order is the GPU's own,
+so the canonical codes are kept. `aten::_weight_int4pack_mm` is made for a few rows: with many it unpacks the
+weight again for every 16 rows, and from `_MANY_ROWS` rows on decoding once and calling a dense bfloat16
+product is used instead.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def _pack(codes: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _works(device: torch.device) -> bool:
-    """Whether the product is right on this device; tried once, since the order of nibbles changed between releases."""
+    """Whether the product is right on this device; tried once: the order of nibbles has changed before."""
     codes = (torch.arange(8 * 32, device=device).reshape(8, 32) * 5 % 16).int()
     x = torch.eye(32, device=device, dtype=torch.bfloat16)
     scales = torch.stack((torch.ones(1, 8), torch.zeros(1, 8)), -1).to(device, torch.bfloat16)

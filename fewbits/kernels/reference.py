@@ -1,15 +1,17 @@
 """The definition: decode the weight, then multiply.
 
-    y = x' @ ((level[code] - zero) * scale).T        x' = x, or x snapped per token where activations are quantized
+    y = x' @ ((level[code] - zero) * scale).T
 
+x' is x, or x snapped per token where activations are quantized.
 Everything every other kernel computes is tested against this. It decodes the whole weight on each call, so it
-is slow for a few rows; on a GPU, where decoding runs at memory speed, it serves formats that have no kernel of
-their own. The product is in float32 on a CPU and in x's dtype on other devices.
+is slow for a few rows; on a GPU, where decoding runs at memory speed, it serves formats that have no kernel
+of their own. The product is in float32 on a CPU and in x's dtype on other devices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional

@@ -2,15 +2,16 @@
 
 Life of a QLinear:
 
-1. *Canonical.* Buffers `codes` (packed at true density), `scale` and, with a zero point, `zero`, under exactly the
-   names and shapes of the native checkpoint. It can be built on the meta device, loaded, saved and moved.
-2. *Prepacked.* `prepack()` asks the dispatcher for a kernel, gives it the weight, and drops `codes` where the kernel's
-   own layout can give them back. `state_dict()` stays canonical: codes are recovered when it is asked for.
-   The first `forward` prepacks a module that is not.
+1. *Canonical.* Buffers `codes` (packed at true density), `scale` and, with a zero point, `zero`, under
+   exactly the names and shapes of the native checkpoint. It can be built on the meta device, loaded, saved
+   and moved.
+2. *Prepacked.* `prepack()` asks the dispatcher for a kernel, gives it the weight, and drops `codes` where the
+   kernel's own layout can give them back. `state_dict()` stays canonical: codes are recovered when it is
+   asked for. The first `forward` prepacks a module that is not.
 
-Casting a model (`model.half()`, `model.to(torch.bfloat16)`) changes the bias and nothing else here: scales keep
-the dtype they were quantized with, because another rounding would move every weight. Moving to another device
-goes back to canonical codes and prepacks there.
+Casting a model (`model.half()`, `model.to(torch.bfloat16)`) changes the bias and nothing else here: scales
+keep the dtype they were quantized with, because another rounding would move every weight. Moving to another
+device goes back to canonical codes and prepacks there.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class QLinear(nn.Module):
     ) -> None:
         super().__init__()
         if activations is not None and activations.scaling.block != "token":
-            raise BadInput(f"activations as {activations.name}; scales of activations are per token, e.g. int8-token")
+            raise BadInput(
+                f"activations as {activations.name}; scales of activations are per token, e.g. int8-token"
+            )
         self.in_features, self.out_features = in_features, out_features
         self.format, self.activations = format, activations
         self.kernel: str | None = None
@@ -60,10 +63,14 @@ class QLinear(nn.Module):
         rows, groups = format.parameter_shape((out_features, in_features))
 
         def bytes_for(height: int, count: int) -> Tensor:
-            return torch.empty(height, packing.packed_length(count, format.bits), dtype=torch.uint8, device=device)
+            return torch.empty(
+                height, packing.packed_length(count, format.bits), dtype=torch.uint8, device=device
+            )
 
         self.register_buffer("codes", bytes_for(out_features, in_features))
-        self.register_buffer("scale", torch.empty(rows, groups, dtype=format.scaling.scale_dtype, device=device))
+        self.register_buffer(
+            "scale", torch.empty(rows, groups, dtype=format.scaling.scale_dtype, device=device)
+        )
         self.register_buffer("zero", bytes_for(rows, groups) if format.scaling.zero_point else None)
         empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
@@ -97,7 +104,10 @@ class QLinear(nn.Module):
         return explain(self.spec)
 
     def prepack(self, kernel: Kernel | None = None) -> QLinear:
-        """Hands the weight to `kernel` (default: the dispatcher's choice). Idempotent for the default; returns self."""
+        """Hands the weight to `kernel` (default: the dispatcher's choice); returns self.
+
+        Without an argument, a module that is prepacked already stays as it is.
+        """
         if self._packed is not None:
             if kernel is None or kernel.name == self.kernel:
                 return self
@@ -140,7 +150,7 @@ class QLinear(nn.Module):
         return self._spec
 
     def adopt(self, packed: Packed) -> None:
-        """Replaces the packed tensors by equal ones that share memory with another layer's (see `Kernel.join`)."""
+        """Takes equal packed tensors that share memory with another layer's (see `Kernel.join`)."""
         assert self._packed is not None and packed.keys() == self._packed.keys()
         self._packed = packed
 
@@ -183,7 +193,9 @@ class QLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
         if self.activations is not None:
             text += f", activations={self.activations.name}"
         return f"{text}, format={self.format.name}, kernel={self.kernel or 'not yet chosen'}"

@@ -163,12 +163,12 @@ def _prepare(
         raise Unsupported("lm_head shares its tensor with the embeddings, which stay dense: keep --ignore lm_head")
     tokenizer = source.load_tokenizer()
     limit = source.config().get("max_position_embeddings")
-    length = sequence_length or min(512, limit or 512)
+    length = min(512, limit or 512) if sequence_length is None else sequence_length
     tokens = None
     if "hessian" in method.statistics:
         texts, described = read_texts(text)
         tokens = pack(
-            texts, tokenizer, sequence_length=length, samples=samples or _default_samples(source, length), seed=seed, max_length=limit,
+            texts, tokenizer, sequence_length=length, samples=_default_samples(source, length) if samples is None else samples, seed=seed, max_length=limit,
             description=described,
         )  # fmt: skip
     probe = None

@@ -1,7 +1,7 @@
 """A conversation: messages, and answers streamed.
 
-Every turn hands the whole conversation to the chat template. The decode engine recognises the part it has read
-already, so a turn costs its own tokens only.
+Every turn hands the whole conversation to the chat template. The decode engine recognises the part it has
+read already, so a turn costs its own tokens only.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ from fewbits.runtime.generate import Stream, stream
 class Chat:
     """`say(text)` yields the answer piece by piece; `messages` is the conversation so far.
 
-    options: those of `fewbits.runtime.generate.stream`. Raises BadInput where the tokenizer has no chat template.
+    options: those of `fewbits.runtime.generate.stream`. Raises BadInput where the tokenizer has no chat
+    template.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, system: str | None = None, **options: Any) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, *, system: str | None = None, **options: Any
+    ) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise BadInput("this model's tokenizer has no chat template: it is no chat model; use `generate`")
         self._model, self._tokenizer, self._options = model, tokenizer, options
-        self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
+        self.messages: list[dict[str, str]] = (
+            [] if system is None else [{"role": "system", "content": system}]
+        )
         self.last: Stream | None = None
 
     def say(self, text: str) -> Iterator[str]:

@@ -1,23 +1,25 @@
 """A lean decode engine for models of the llama shape: the same weights, without modules.
 
-At one token a step, a small model spends as long in Python as in arithmetic: transformers' Llama makes some 60 torch calls
-a layer through a dozen modules. Here a layer is about 20 calls on plain tensors:
+At one token a step, a small model spends as long in Python as in arithmetic: transformers' Llama makes some
+60 torch calls a layer through a dozen modules. Here a layer is about 20 calls on plain tensors:
 
-    x = rms_norm(h) * g;   q, k, v = one product;   rotate q and k;   cache k and v;   attend;   h += o_proj(...)
-    x = rms_norm(h) * g;   gate, up = one product;                                     h += down_proj(silu(gate) * up)
+    x = rms_norm(h) * g;  q, k, v = one product;  rotate q and k;  cache k and v;  attend
+    h += o_proj(attended)
+    x = rms_norm(h) * g;  gate, up = one product
+    h += down_proj(silu(gate) * up)
 
-- *Products* are joined where weights read the same x (runtime/product.py); each states the dtype it computes in, and x is
-  cast once per product. Hidden states are float32.
-- *Rotation*: with a = first half, b = second half of a head, (a + ib) * exp(i * angle) is one complex multiplication.
-  Keys are cached rotated, as interleaved (real, imaginary) pairs; queries are in the same order, and a dot product does
-  not mind the order.
-- *Cache*: one float32 tensor per layer, [kv heads, capacity, head size], doubled when full. A prompt that begins as
-  the last one did keeps the common part: a chat does not read its own history again.
-- *Head*: on a CPU, float16 with a power of two per row (exact for weights that were bfloat16, 11 bits of mantissa for
-  others). A float32 head of 49152 x 576 takes 11 ms a token on 2 cores, bfloat16 4, this 2.3.
+- *Products* are joined where weights read the same x (runtime/product.py); each states the dtype it computes
+  in, and x is cast once per product. Hidden states are float32.
+- *Rotation*: with a = first half, b = second half of a head, (a + ib) * exp(i * angle) is one complex
+  multiplication. Keys are cached rotated, as interleaved (real, imaginary) pairs; queries are in the same
+  order, and a dot product does not mind the order.
+- *Cache*: one float32 tensor per layer, [kv heads, capacity, head size], doubled when full. A prompt that
+  begins as the last one did keeps the common part: a chat does not read its own history again.
+- *Head*: on a CPU, float16 with a power of two per row (exact for weights that were bfloat16, 11 bits of
+  mantissa for others). A float32 head of 49152 x 576 takes 11 ms a token on 2 cores, bfloat16 4, this 2.3.
 
-Accuracy: float32 weights agree with transformers to rounding but for the head, 70 dB or better in the logits; 4-bit and
-8-bit kernels round x to bfloat16 per product, as they do in transformers too.
+Accuracy: float32 weights agree with transformers to rounding but for the head, 70 dB or better in the logits;
+4-bit and 8-bit kernels round x to bfloat16 per product, as they do in transformers too.
 """
 
 from __future__ import annotations
@@ -82,7 +84,19 @@ _CLASSES = {
 class _Layer:
     """What one block needs, as plain attributes."""
 
-    __slots__ = ("down", "eps", "gate_up", "k_norm", "keys", "mlp_norm", "norm", "o", "q_norm", "qkv", "values")
+    __slots__ = (
+        "down",
+        "eps",
+        "gate_up",
+        "k_norm",
+        "keys",
+        "mlp_norm",
+        "norm",
+        "o",
+        "q_norm",
+        "qkv",
+        "values",
+    )
 
     def __init__(self, block: Any, dtype: torch.dtype) -> None:
         attention, mlp = block.self_attn, block.mlp
@@ -100,7 +114,8 @@ class _Layer:
 
 
 class Engine:
-    """Decodes with the weights of `model`, batch 1. Raises Unsupported with the reason where `accepts` says no.
+    """Decodes with the weights of `model`, batch 1. Raises Unsupported with the reason where `accepts` says
+    no.
 
     `prefill(ids)` reads a prompt and gives the logits [vocabulary] after it; `step(token)` appends one token.
     The engine holds the weights, not the model; weights changed afterwards need a new engine.
@@ -110,7 +125,9 @@ class Engine:
     def __init__(self, model: nn.Module, capacity: int = 512) -> None:
         answer = accepts(model)
         if isinstance(answer, No):
-            raise Unsupported(f"the decode engine does not take this model: {answer.reason}; use model.generate")
+            raise Unsupported(
+                f"the decode engine does not take this model: {answer.reason}; use model.generate"
+            )
         body: Any = model.model
         config: Any = model.config
         self.limit: int = config.max_position_embeddings
@@ -135,10 +152,11 @@ class Engine:
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int], *, every: bool = False) -> Tensor:
-        """Logits after the last of `ids`, float32 [vocabulary]; with `every`, after each of them, [len(ids), vocabulary].
+        """Logits after the last of `ids`, float32 [vocabulary]; with `every`, after each of them, [len(ids),
+        vocabulary].
 
-        The longest common beginning of `ids` and what was read before is not read again. BadInput for an empty prompt or
-        one longer than the model's context.
+        The longest common beginning of `ids` and what was read before is not read again. BadInput for an
+        empty prompt or one longer than the model's context.
         """
         ids = list(ids)
         if not ids:
@@ -205,7 +223,9 @@ class Engine:
     def _head_norms(self, layer: _Layer, qk: Tensor) -> Tensor:
         shape = (self.width,)
         queries = functional.rms_norm(qk[:, : self.heads], shape, layer.q_norm, layer.eps)
-        return torch.cat([queries, functional.rms_norm(qk[:, self.heads :], shape, layer.k_norm, layer.eps)], 1)
+        return torch.cat(
+            [queries, functional.rms_norm(qk[:, self.heads :], shape, layer.k_norm, layer.eps)], 1
+        )
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
         """queries [rows, heads, width], keys and values [kv heads, end, width] -> [rows, heads * width]."""

@@ -5,9 +5,9 @@
         print(piece, end="")
     print(text.stats.decode_rate, "tokens/s", text.runner)
 
-A prompt that is a list of messages goes through the tokenizer's chat template. Models of the llama shape run on the decode
-engine (engine.py); any other on the transformers model itself, one forward pass a token with its cache, and
-`Stream.runner` says why.
+A prompt that is a list of messages goes through the tokenizer's chat template. Models of the llama shape run
+on the decode engine (engine.py); any other on the transformers model itself, one forward pass a token with
+its cache, and `Stream.runner` says why.
 
 Rates leave out what they should not hold: reading the prompt is its own figure, and the first token, which
 comes with it, is not in the decode rate.
@@ -86,9 +86,9 @@ def stream(
 ) -> Stream:
     """Continues `prompt` (text, chat messages, or token ids).
 
-    Ends at the model's end-of-text tokens (unless `ignore_eos`), after `max_new_tokens`, or when the context is full.
-    `engine=False` keeps to the transformers model. Raises BadInput for an empty or too long prompt and for
-    sampling parameters out of range, before anything is generated.
+    Ends at the model's end-of-text tokens (unless `ignore_eos`), after `max_new_tokens`, or when the context
+    is full. `engine=False` keeps to the transformers model. Raises BadInput for an empty or too long prompt
+    and for sampling parameters out of range, before anything is generated.
     """
     if max_new_tokens < 1:
         raise BadInput(f"max_new_tokens {max_new_tokens}: at least 1")
@@ -217,7 +217,8 @@ def _common(held: list[int], ids: list[int]) -> int:
 def _pieces(tokenizer: Any, tokens: Iterator[int], new: list[int]) -> Iterator[str]:
     """Text as it becomes certain: a token may end inside a character, so a piece waits for whole ones.
 
-    Only a window of tokens is decoded again each time. Its first part gives the context that spaces depend on.
+    Only a window of tokens is decoded again each time. Its first part gives the context that spaces depend
+    on.
     """
     begin, done = 0, 0
     for _ in tokens:

@@ -1,14 +1,14 @@
 """`load`: whatever the user calls a model, as an ordinary transformers model and its tokenizer.
 
-Dense models (a directory, a GGUF file, the embedded "demo", a hub id) are built without weights and given them tensor by
-tensor. In a quantized checkpoint (native or compressed-tensors) every quantized linear becomes a `QLinear` holding the
-very codes of the file, and is handed to the fastest kernel that takes it; nothing is rounded again. Experts that
-transformers keeps in fused 3-D parameters have no linear to stand in for: they are decoded into those parameters,
-and `Loaded.decoded` names them.
+Dense models (a directory, a GGUF file, the embedded "demo", a hub id) are built without weights and given
+them tensor by tensor. In a quantized checkpoint (native or compressed-tensors) every quantized linear becomes
+a `QLinear` holding the very codes of the file, and is handed to the fastest kernel that takes it; nothing is
+rounded again. Experts that transformers keeps in fused 3-D parameters have no linear to stand in for: they
+are decoded into those parameters, and `Loaded.decoded` names them.
 
-Dtypes. On a CPU the default is float32: without bfloat16 instructions (AVX-512 BF16, AMX) torch multiplies bfloat16
-matrices with many rows tens of times slower than float32 ones, and the 4-bit and 8-bit kernels cast x themselves.
-Elsewhere the default is the dtype the checkpoint states.
+Dtypes. On a CPU the default is float32: without bfloat16 instructions (AVX-512 BF16, AMX) torch multiplies
+bfloat16 matrices with many rows tens of times slower than float32 ones, and the 4-bit and 8-bit kernels cast
+x themselves. Elsewhere the default is the dtype the checkpoint states.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer), ready to run: eval mode, kernels chosen.
 
-    path: "demo", a directory, a .gguf file or a hub id. device: default "cpu". dtype: of what is not quantized and of
-    the hidden states; default as the module's docstring says. Raises BadInput or Unsupported with the way out.
+    path: "demo", a directory, a .gguf file or a hub id. device: default "cpu". dtype: of what is not
+    quantized and of the hidden states; default as the module's docstring says. Raises BadInput or Unsupported
+    with the way out.
     """
     loaded = load_all(path, device, dtype)
     return loaded.model, loaded.tokenizer
@@ -94,8 +95,8 @@ def load_model(
     stray = sorted(set(packed.entries) - set(disk.values()))
     if stray:
         raise BadInput(
-            f"{source.path}: quantized module {stray[0]!r} is not in the {config.get('model_type')} model that config.json "
-            f"describes; {len(stray)} such modules"
+            f"{source.path}: quantized module {stray[0]!r} is not in the {config.get('model_type')} model "
+            f"that config.json describes; {len(stray)} such modules"
         )
     replaced = {name: module for name, module in _linears(model) if disk[name] in packed.entries}
     for name in replaced:
@@ -106,8 +107,8 @@ def load_model(
         module = packed.qlinear(disk[name], _bias(source, disk[name], dense, dtype))
         if (module.out_features, module.in_features) != (dense.out_features, dense.in_features):
             raise BadInput(
-                f"{source.path}: {disk[name]} holds {module.out_features}x{module.in_features} weights; config.json "
-                f"asks for {dense.out_features}x{dense.in_features}"
+                f"{source.path}: {disk[name]} holds {module.out_features}x{module.in_features} weights; "
+                f"config.json asks for {dense.out_features}x{dense.in_features}"
             )
         model.set_submodule(name, module.to(device).prepack())
     _finish(model, source, dtype, {name: model.get_submodule(name) for name in replaced})
@@ -194,14 +195,16 @@ def _bias(source: Source, name: str, dense: nn.Linear, dtype: torch.dtype) -> Te
 
 
 def _finish(model: Any, source: Source, dtype: torch.dtype, modules: dict[str, Any]) -> None:
-    """Configuration as `from_pretrained` would leave it; what `save_pretrained` writes is a native checkpoint."""
+    """Configuration as `from_pretrained` leaves it; `save_pretrained` then writes a native checkpoint."""
     from transformers import GenerationConfig
 
     model.config.dtype = dtype
     model.config.name_or_path = source.path
     if modules:
         entries = {
-            name: native.module_entry(module.format, module.activations, (module.out_features, module.in_features))
+            name: native.module_entry(
+                module.format, module.activations, (module.out_features, module.in_features)
+            )
             for name, module in modules.items()
         }
         model.config.quantization_config = native.quantization_config(entries)

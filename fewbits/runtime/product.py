@@ -1,9 +1,9 @@
 """Linear layers as bare functions: what the decode engine calls instead of modules.
 
-A `Product` is one product of x [T, in] with one weight, or with several that read the same x, joined into one taller
-weight where their kernel's layout allows it (`Kernel.join`; the modules then share its memory). Dense 16-bit weights on a
-CPU go through FBGEMM's float16 product (kernels/cpu_fp16.py): twice as fast as torch's bfloat16 product at one
-row, and exact for bfloat16 weights within 17 binades of the row's largest.
+A `Product` is one product of x [T, in] with one weight, or with several that read the same x, joined into one
+taller weight where their kernel's layout allows it (`Kernel.join`; the modules then share its memory). Dense
+16-bit weights on a CPU go through FBGEMM's float16 product (kernels/cpu_fp16.py): twice as fast as torch's
+bfloat16 product at one row, and exact for bfloat16 weights within 17 binades of the row's largest.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Product:
 def product(*linears: nn.Module, dtype: torch.dtype = torch.float32, fast_head: bool = False) -> Product:
     """The product with all of `linears` (nn.Linear or QLinear on one device, same input).
 
-    dtype: of x where the kernel has no preference. fast_head: use the float16 product for a float32 weight on a CPU
-    too (11 bits of mantissa; see the engine).
+    dtype: of x where the kernel has no preference. fast_head: use the float16 product for a float32 weight on
+    a CPU too (11 bits of mantissa; see the engine).
     """
     first = linears[0]
     if len(linears) > 1:
@@ -89,7 +89,9 @@ def _joined(linears: Sequence[nn.Module], dtype: torch.dtype) -> Product | None:
     """One product for all of `linears`, or None where they differ in kind or their layout does not join."""
     if all(isinstance(linear, nn.Linear) for linear in linears):
         same = len({(linear.weight.dtype, linear.weight.device) for linear in linears}) == 1
-        packs = linears[0].weight.dtype.itemsize == 2 and linears[0].weight.device.type == "cpu" and half_works()
+        packs = (
+            linears[0].weight.dtype.itemsize == 2 and linears[0].weight.device.type == "cpu" and half_works()
+        )
         return _dense(linears) if same and packs else None
     if not all(isinstance(linear, QLinear) for linear in linears):
         return None

@@ -2,8 +2,8 @@
 
     p = softmax(logits / temperature), cut to the fewest tokens whose sum reaches top_p, renormalised
 
-Nucleus sampling: Holtzman et al., arXiv 1904.09751. A `torch.Generator` of its own makes a seed repeatable whatever
-else the program draws.
+Nucleus sampling: Holtzman et al., arXiv 1904.09751. A `torch.Generator` of its own makes a seed repeatable
+whatever else the program draws.
 """
 
 from __future__ import annotations

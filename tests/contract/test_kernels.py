@@ -64,9 +64,7 @@ CASES = [
     for name in FORMATS
     for shape in SHAPES
     if usable(name, shape)
-    and KERNELS.get(kernel).accepts(
-        LinearSpec(format=parse_format(name), shape=shape, device=CPU)
-    )
+    and KERNELS.get(kernel).accepts(LinearSpec(format=parse_format(name), shape=shape, device=CPU))
 ]
 
 

@@ -63,19 +63,26 @@ def test_dense_logits(model_type: str, changes: dict) -> None:
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize(
     ("name", "limit"),
-    [("int4-asym-g32", KERNEL_DB), ("int8-asym-channel", KERNEL_DB), ("nf4-g64", EXACT_DB), ("int4-tensor", KERNEL_DB)],
+    [
+        ("int4-asym-g32", KERNEL_DB),
+        ("int8-asym-channel", KERNEL_DB),
+        ("nf4-g64", EXACT_DB),
+        ("int4-tensor", KERNEL_DB),
+    ],
 )
 def test_quantized_logits(model_type: str, name: str, limit: float) -> None:
     check(quantize_in_place(tiny_llama(model_type=model_type), name), limit)
 
 
 def test_quantized_activations() -> None:
-    # Rounding x per token turns on the last bit of x, so two correct programs differ by single steps of 8 bits.
+    # Rounding x per token turns on the last bit of x, so two correct programs differ by single steps.
     check(quantize_in_place(tiny_llama(), "int8-channel", "int8-token"), 18.0)
 
 
 def test_bfloat16_weights() -> None:
-    check(tiny_llama().to(torch.bfloat16), 25.0)  # transformers rounds hidden states to bfloat16, the engine does not
+    check(
+        tiny_llama().to(torch.bfloat16), 25.0
+    )  # transformers rounds hidden states to bfloat16, the engine does not
 
 
 def test_joined_weights_share_memory_with_the_modules() -> None:
@@ -136,7 +143,10 @@ def with_foreign_linear(model):
         (lambda: hooked(tiny_llama()), "hooks"),
         (lambda: with_foreign_linear(tiny_llama()), "Sequential"),
         (lambda: torch.nn.Linear(2, 2), "Linear"),
-        (lambda: tiny_llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "dynamic"),
+        (
+            lambda: tiny_llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+            "dynamic",
+        ),
     ],
 )
 def test_what_it_refuses(make, says: str) -> None:

@@ -40,7 +40,6 @@ def test_the_reason_for_not_using_the_engine_is_shown() -> None:
     assert "olmo2" in text.runner and text.stats.new_tokens == 3
 
 
-
 def scripted(monkeypatch, said: list[int], limit: int = 1000):
     class Steps:
         def __init__(self) -> None:
@@ -96,7 +95,9 @@ def test_the_readers_time_is_not_in_the_rate(monkeypatch) -> None:
 
 def test_a_seed_repeats(model) -> None:
     def draw(seed: int | None) -> list[int]:
-        text = stream(model, TOKENIZER, "ab", max_new_tokens=12, temperature=1.5, top_p=0.9, seed=seed, ignore_eos=True)
+        text = stream(
+            model, TOKENIZER, "ab", max_new_tokens=12, temperature=1.5, top_p=0.9, seed=seed, ignore_eos=True
+        )
         list(text)
         return text.ids
 

@@ -191,7 +191,10 @@ def first_module(config):
     [
         (lambda c: c["quantization_config"].update(quant_method="awq"), "awq"),
         (lambda c: c["quantization_config"].update(version=99), "upgrade fewbits"),
-        (lambda c: c["quantization_config"]["modules"].update({"model.nowhere": first_module(c)}), "model.nowhere"),
+        (
+            lambda c: c["quantization_config"]["modules"].update({"model.nowhere": first_module(c)}),
+            "model.nowhere",
+        ),
         (lambda c: first_module(c).update(format="nf5-g64"), "nf5-g64"),
         (lambda c: first_module(c).update(shape=[64, 65]), "proj"),
         (lambda c: c.update(hidden_size=32, head_dim=8), "config.json"),
@@ -211,7 +214,7 @@ def test_transformers_is_told_what_it_cannot_replace(native_directory) -> None:
         native_directory,
         lambda c: c["quantization_config"]["modules"].update({"model.nowhere": first_module(c)}),
     )
-    with pytest.raises(Unsupported, match="use fewbits.load"):
+    with pytest.raises(Unsupported, match=r"use fewbits\.load"):
         AutoModelForCausalLM.from_pretrained(native_directory)
 
 

@@ -1,4 +1,5 @@
-"""Small random models with a byte tokenizer, dense and quantized in memory or on disk, for tests of running them."""
+"""Small random models with a byte tokenizer, dense and quantized in memory or on disk, for tests of running
+them."""
 
 from __future__ import annotations
 
@@ -72,7 +73,9 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def quantized_weights(model: nn.Module, format: Format) -> dict[str, Quantized]:
-    return {name: format.quantize(module.weight.detach(), name) for name, module in block_linears(model).items()}
+    return {
+        name: format.quantize(module.weight.detach(), name) for name, module in block_linears(model).items()
+    }
 
 
 def quantize_in_place(model: nn.Module, name: str, activations: str | None = None) -> nn.Module:
@@ -119,10 +122,15 @@ def write_quantized(
     format = next(iter(weights.values())).format
     if kind == "native":
         config["quantization_config"] = native.quantization_config(
-            {name: native.module_entry(weight.format, activations, weight.shape) for name, weight in weights.items()}
+            {
+                name: native.module_entry(weight.format, activations, weight.shape)
+                for name, weight in weights.items()
+            }
         )
     else:
-        config["quantization_config"] = compressed_tensors.quantization_config(format, activations, ["lm_head"])
+        config["quantization_config"] = compressed_tensors.quantization_config(
+            format, activations, ["lm_head"]
+        )
     (directory / "config.json").write_text(json.dumps(config, default=str))
     model.generation_config.save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
