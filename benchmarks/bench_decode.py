@@ -106,9 +106,7 @@ def main() -> None:
         "new_tokens": options.tokens,
         "tokens_per_second": medians,
         "rounds": rates,
-        "kernels": {
-            name: sorted({str(m.kernel) for _, m in qlinears(found)}) for name, found in models.items()
-        },
+        "kernels": {name: sorted({str(m.kernel) for _, m in qlinears(found)}) for name, found in models.items()},
     }
     if not options.dry_run:
         print(save("decode", record))

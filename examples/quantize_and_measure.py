@@ -17,9 +17,7 @@ def main(model: str = "demo", out: str = "quantized", method: str = "gptq") -> N
         group_size=64,
         method=method,
         out=out,
-        on_progress=lambda event: print(
-            f"{event.stage} {event.done}/{event.total} {event.note}", file=sys.stderr
-        ),
+        on_progress=lambda event: print(f"{event.stage} {event.done}/{event.total} {event.note}", file=sys.stderr),
     )
     quantized = fewbits.load(path)  # (model, tokenizer); the model is an ordinary transformers model
     result = fewbits.evaluate(quantized, against=model, samples=4, sequence_length=256)

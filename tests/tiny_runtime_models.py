@@ -66,16 +66,12 @@ def tiny_llama(*, seed: int = 0, layers: int = 2, tied: bool = True, **changes):
 
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"
     }
 
 
 def quantized_weights(model: nn.Module, format: Format) -> dict[str, Quantized]:
-    return {
-        name: format.quantize(module.weight.detach(), name) for name, module in block_linears(model).items()
-    }
+    return {name: format.quantize(module.weight.detach(), name) for name, module in block_linears(model).items()}
 
 
 def quantize_in_place(model: nn.Module, name: str, activations: str | None = None) -> nn.Module:
@@ -122,15 +118,10 @@ def write_quantized(
     format = next(iter(weights.values())).format
     if kind == "native":
         config["quantization_config"] = native.quantization_config(
-            {
-                name: native.module_entry(weight.format, activations, weight.shape)
-                for name, weight in weights.items()
-            }
+            {name: native.module_entry(weight.format, activations, weight.shape) for name, weight in weights.items()}
         )
     else:
-        config["quantization_config"] = compressed_tensors.quantization_config(
-            format, activations, ["lm_head"]
-        )
+        config["quantization_config"] = compressed_tensors.quantization_config(format, activations, ["lm_head"])
     (directory / "config.json").write_text(json.dumps(config, default=str))
     model.generation_config.save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)

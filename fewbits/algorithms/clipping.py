@@ -28,9 +28,7 @@ class RangeSearch:
         if self.steps < 1 or not 0 <= self.max_shrink < 1 or self.norm <= 0:
             raise BadInput(f"{self}: needs steps >= 1, 0 <= max_shrink < 1 and norm > 0")
 
-    def params(
-        self, weight: Tensor, format: Format, importance: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def params(self, weight: Tensor, format: Format, importance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Scale and zero per block of `weight` [out, in]; `importance` [in], non-negative, weighs columns."""
         blocks = format.blocks(weight)
         weights = None

@@ -22,7 +22,7 @@ Choices made here:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -49,7 +49,7 @@ class GPTQ:
     block_size: int = 128
     act_order: bool = True
     static_groups: bool = True
-    search: RangeSearch | None = RangeSearch()
+    search: RangeSearch | None = field(default_factory=RangeSearch)
     max_retries: int = 3
 
     def __post_init__(self) -> None:
@@ -71,8 +71,7 @@ class GPTQ:
         format.check(weight, name)
         if not bool(torch.isfinite(hessian).all()):
             raise FewbitsError(
-                f"{name}: the calibration inputs overflowed (NaN or infinite Hessian); "
-                "calibrate in float32 or bfloat16"
+                f"{name}: the calibration inputs overflowed (NaN or infinite Hessian); calibrate in float32 or bfloat16"
             )
         weight = weight if weight.dtype == torch.float64 else weight.float()
         order = torch.arange(weight.shape[1], device=weight.device)
@@ -99,7 +98,9 @@ class GPTQ:
         mean = float(diagonal.mean())
         if bool(dead.all()):
             # No calibration token reached this layer. Any positive multiple of I gives nearest rounding.
-            return torch.eye(len(h), dtype=h.dtype, device=h.device), ["no input reached this layer: rounded to nearest"]
+            return torch.eye(len(h), dtype=h.dtype, device=h.device), [
+                "no input reached this layer: rounded to nearest"
+            ]
         diagonal[dead] = mean
         notes = []
         damping = self.damping
@@ -186,7 +187,13 @@ class GPTQ:
         return self.search.params(group, format)
 
     def _keep_better(
-        self, weight: Tensor, format: Format, hessian: Tensor, quantized: Quantized, notes: list[str], name: str
+        self,
+        weight: Tensor,
+        format: Format,
+        hessian: Tensor,
+        quantized: Quantized,
+        notes: list[str],
+        name: str,
     ) -> Solved:
         nearest = format.quantize(weight, name)
         loss = proxy_loss(weight - quantized.dequantize(weight.dtype), hessian)

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from fewbits.models.walk import ExpertRef, LinearRef
 from torch import Tensor, nn
 
 from fewbits.calibration.stats import HessianSum
+from fewbits.models.walk import ExpertRef, LinearRef
 
 Ref = LinearRef | ExpertRef
 

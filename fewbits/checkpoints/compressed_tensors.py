@@ -50,8 +50,11 @@ def refuses(format: Format, activations: Format | None, shape: tuple[int, int]) 
         return "it has no group scales for FP8"
     if scaling.zero_point and scaling.block == "tensor":
         return "it packs no zero point per tensor"
-    if activations is not None and kind == "integer" and format.bits == 8 and (
-        scaling.zero_point or scaling.block == "group"
+    if (
+        activations is not None
+        and kind == "integer"
+        and format.bits == 8
+        and (scaling.zero_point or scaling.block == "group")
     ):
         return "int-quantized holds symmetric weights per channel or tensor"
     if activations is not None and activations.scaling.block != "token":
@@ -156,9 +159,11 @@ def _format_of(arguments: dict[str, Any], *, where: str) -> Format:
     if arguments.get("dynamic") not in (True, False, None):
         raise Unsupported(f"{where}: dynamic={arguments['dynamic']!r} is not read by fewbits")
     readable = {("int", width): f"int{width}" for width in range(2, 9)} | {("float", 8): "fp8_e4m3"}
-    element = readable.get((kind, bits))
+    element = readable.get((str(kind), bits)) if isinstance(bits, int) else None
     if element is None or strategy not in ("tensor", "channel", "group", "token"):
-        raise Unsupported(f"{where}: {bits}-bit {kind} per {strategy} is not read by fewbits; load it with vLLM or transformers")
+        raise Unsupported(
+            f"{where}: {bits}-bit {kind} per {strategy} is not read by fewbits; load it with vLLM or transformers"
+        )
     zero = "" if arguments.get("symmetric", True) else "-asym"
     block = f"g{arguments.get('group_size')}" if strategy == "group" else strategy
     return parse_format(f"{element}{zero}-{block}")
@@ -200,7 +205,9 @@ def decode(source: Source, module: str, group: dict[str, Any]) -> DecodedModule:
     inputs = group.get("input_activations")
     activations = None if inputs is None else _format_of(inputs, where=f"{module} activations")
     if f"{module}.weight_g_idx" in source.names():
-        raise Unsupported(f"{module}: activation order with g_idx is not read by fewbits; load it with vLLM or transformers")
+        raise Unsupported(
+            f"{module}: activation order with g_idx is not read by fewbits; load it with vLLM or transformers"
+        )
     scale = source.tensor(f"{module}.weight_scale")
     zero = None
     if f"{module}.weight_packed" in source.names():

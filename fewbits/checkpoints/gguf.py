@@ -120,9 +120,7 @@ class GGUFFile:
         start, nbytes, shape = info.start, info.nbytes, info.shape
         if index is not None:
             if not 0 <= index < shape[0]:
-                raise BadInput(
-                    f"{self.path}: tensor {name!r} has {shape[0]} slices; there is no slice {index}"
-                )
+                raise BadInput(f"{self.path}: tensor {name!r} has {shape[0]} slices; there is no slice {index}")
             nbytes //= shape[0]
             start, shape = start + index * nbytes, shape[1:]
         raw = torch.empty(nbytes, dtype=torch.uint8)
@@ -146,9 +144,7 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     if version not in (2, 3):
         if version & 0xFFFF == 0 and version:
             raise Unsupported(f"{cursor.path}: a big-endian GGUF file; convert it with gguf-convert-endian")
-        raise Unsupported(
-            f"{cursor.path}: GGUF version {version}; fewbits reads 2 and 3: convert the model again"
-        )
+        raise Unsupported(f"{cursor.path}: GGUF version {version}; fewbits reads 2 and 3: convert the model again")
     tensor_count = cursor.count(MAX_TENSORS, _SMALLEST_TENSOR, "the number of tensors")
     key_count = cursor.count(MAX_KEYS, _SMALLEST_KEY, "the number of keys")
     metadata = _metadata(cursor, key_count)
@@ -156,9 +152,7 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         raise Unsupported(f"{cursor.path}: one part of a split model; join it with llama-gguf-split --merge")
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
-        raise cursor.bad(
-            f"general.alignment is {alignment!r}; a power of two up to {MAX_ALIGNMENT} is allowed"
-        )
+        raise cursor.bad(f"general.alignment is {alignment!r}; a power of two up to {MAX_ALIGNMENT} is allowed")
     described = [_describe(cursor) for _ in range(tensor_count)]
     data = -(-cursor.position // alignment) * alignment
     return metadata, _place(cursor, described, data, alignment)
@@ -188,9 +182,7 @@ def _value(cursor: _Cursor, kind: int, key: str) -> Any:
         return [cursor.string(MAX_STRING, f"an element of {key!r}") for _ in range(count)]
     if element not in _SCALARS:
         raise cursor.bad(f"{what} is an array of the unknown or nested type {element}")
-    count = cursor.count(
-        MAX_ARRAY, struct.calcsize("<" + _SCALARS[element]), f"the number of elements of {key!r}"
-    )
+    count = cursor.count(MAX_ARRAY, struct.calcsize("<" + _SCALARS[element]), f"the number of elements of {key!r}")
     return _scalars(cursor, element, count, what)
 
 

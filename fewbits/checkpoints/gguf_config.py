@@ -50,17 +50,13 @@ class Keys:
         if isinstance(value, list):
             raise Unsupported(f"{self.path}: {self.architecture}.{key} differs from block to block")
         if type(value) is not int or not 0 < value < 2**31:
-            raise BadInput(
-                f"{self.path}: {self.architecture}.{key} is {value!r}; a positive integer is needed"
-            )
+            raise BadInput(f"{self.path}: {self.architecture}.{key} is {value!r}; a positive integer is needed")
         return value
 
     def real(self, key: str, default: float) -> float:
         value = self.get(key, default)
         if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-            raise BadInput(
-                f"{self.path}: {self.architecture}.{key} is {value!r}; a positive number is needed"
-            )
+            raise BadInput(f"{self.path}: {self.architecture}.{key} is {value!r}; a positive number is needed")
         # a float32 of 1e-5 reads as 9.99999974e-06: seven digits are all it ever had
         return float(f"{value:.7g}")
 
@@ -99,9 +95,7 @@ def build_config(
         "dtype": str(dtype).removeprefix("torch."),
     }
     config["rope_parameters"] = _rope(keys, config["head_dim"], shape, read)
-    config["rope_theta"] = config["rope_parameters"][
-        "rope_theta"
-    ]  # where readers older than transformers 5 look
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # where readers older than transformers 5 look
     config.update(_family_fields(keys, family, shape))
     config.update(token_ids(keys.metadata))
     return config
@@ -110,9 +104,7 @@ def build_config(
 def token_ids(metadata: dict[str, Any]) -> dict[str, int]:
     """The special token ids the file states, under the names of config.json."""
     return {
-        name: metadata[key]
-        for name, key in _TOKEN_IDS.items()
-        if type(metadata.get(key)) is int and metadata[key] >= 0
+        name: metadata[key] for name, key in _TOKEN_IDS.items() if type(metadata.get(key)) is int and metadata[key] >= 0
     }
 
 
@@ -150,9 +142,7 @@ def _rope(
     if kind == "none" or (kind == "linear" and keys.get("rope.scaling.factor") in (None, 0.0, 1.0)):
         return default
     if kind not in ("linear", "yarn"):
-        raise Unsupported(
-            f"{keys.path}: rotary scaling {kind!r}; fewbits reads none, linear, yarn and Llama 3's"
-        )
+        raise Unsupported(f"{keys.path}: rotary scaling {kind!r}; fewbits reads none, linear, yarn and Llama 3's")
     scaled = default | {"rope_type": kind, "factor": keys.real("rope.scaling.factor", 1.0)}
     if kind == "yarn":
         length = keys.get("rope.scaling.original_context_length")
@@ -174,9 +164,7 @@ def _llama3(keys: Keys, divisors: Tensor, theta: float, width: int) -> dict[str,
         expected = _llama3_divisors(found, theta, width)
         if expected.shape == divisors.shape and torch.allclose(expected, divisors, rtol=1e-4):
             return found
-    raise Unsupported(
-        f"{keys.path}: the rotary frequencies in {ROPE_TENSOR!r} follow no scheme fewbits knows"
-    )
+    raise Unsupported(f"{keys.path}: the rotary frequencies in {ROPE_TENSOR!r} follow no scheme fewbits knows")
 
 
 def _llama3_divisors(found: dict[str, Any], theta: float, width: int) -> Tensor:

@@ -159,13 +159,9 @@ class GGUFSource:
         if part not in dict(layout.experts) or self.topology.experts is None or len(shape) != 3:
             return {}
         if shape[0] > MAX_EXPERTS:
-            raise BadInput(
-                f"{self.path}: tensor {stored!r} is for {shape[0]} experts; {MAX_EXPERTS} are allowed"
-            )
+            raise BadInput(f"{self.path}: tensor {stored!r} is for {shape[0]} experts; {MAX_EXPERTS} are allowed")
         experts, kind = self.topology.experts, dict(layout.experts)[part]
-        return {
-            f"{block}.{experts.disk_name(index, kind)}.{leaf}": (stored, index) for index in range(shape[0])
-        }
+        return {f"{block}.{experts.disk_name(index, kind)}.{leaf}": (stored, index) for index in range(shape[0])}
 
     def _place(self, name: str) -> tuple[str, int | None]:
         name = self.tied().get(name, name)

@@ -94,9 +94,7 @@ def _check_merges(merges: list[str], tokens: set[str], path: str) -> None:
     for merge in merges:
         left, blank, right = merge.partition(" ")
         if not blank or not {left, right, left + right} <= tokens:
-            raise BadInput(
-                f"{path}: tokenizer.ggml.merges has {merge[:80]!r}, which does not join two tokens into one"
-            )
+            raise BadInput(f"{path}: tokenizer.ggml.merges has {merge[:80]!r}, which does not join two tokens into one")
 
 
 def _special_tokens(metadata: dict[str, Any], tokens: list[str], path: str) -> dict[str, Any]:

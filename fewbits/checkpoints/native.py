@@ -75,5 +75,7 @@ def decode(source: Source, module: str, format: Format, shape: tuple[int, int]) 
     if format.scaling.zero_point:
         state["zero"] = source.tensor(f"{module}.zero")
     if tuple(state["codes"].shape)[:1] != shape[:1] or not bool(torch.isfinite(state["scale"]).all()):
-        raise BadInput(f"{module}: codes or scales do not fit shape {shape} or are not finite: the checkpoint is damaged")
+        raise BadInput(
+            f"{module}: codes or scales do not fit shape {shape} or are not finite: the checkpoint is damaged"
+        )
     return Quantized.from_state(format, shape, state)

@@ -141,9 +141,7 @@ def _header_text(handle: BinaryIO, size: int, path: Path) -> bytes:
     if length > MAX_HEADER:
         raise BadInput(f"{path}: header of {length} bytes; at most {MAX_HEADER} are allowed")
     if length > size - 8:
-        raise BadInput(
-            f"{path}: truncated: the header takes {length} bytes, the file has {size - 8} after it starts"
-        )
+        raise BadInput(f"{path}: truncated: the header takes {length} bytes, the file has {size - 8} after it starts")
     text = handle.read(length)
     if not text.startswith(b"{"):
         raise BadInput(f"{path}: not a safetensors file (the header is not a JSON object)")
@@ -188,9 +186,7 @@ def _check_tiling(path: Path, entries: list[tuple[str, StoredTensor]], base: int
     position = base
     for name, info in entries:
         if info.end > size:
-            raise BadInput(
-                f"{path}: truncated: tensor {name[:80]!r} ends at byte {info.end}, the file at {size}"
-            )
+            raise BadInput(f"{path}: truncated: tensor {name[:80]!r} ends at byte {info.end}, the file at {size}")
         if info.start != position:
             what = "overlaps the tensor before it" if info.start < position else "leaves a hole before it"
             raise BadInput(f"{path}: tensor {name[:80]!r} {what}")
@@ -241,8 +237,7 @@ def _header_bytes(
 def _raw_bytes(name: str, dtype: torch.dtype, shape: tuple[int, ...], tensor: torch.Tensor) -> memoryview:
     if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
         raise FewbitsError(
-            f"tensor {name!r}: {tensor.dtype} {tuple(tensor.shape)} was produced, "
-            f"{dtype} {tuple(shape)} was announced"
+            f"tensor {name!r}: {tensor.dtype} {tuple(tensor.shape)} was produced, {dtype} {tuple(shape)} was announced"
         )
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
@@ -255,6 +250,4 @@ def _explain_full_disk(path: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise FewbitsError(
-            f"no space left while writing {path}; free some or choose another directory"
-        ) from error
+        raise FewbitsError(f"no space left while writing {path}; free some or choose another directory") from error

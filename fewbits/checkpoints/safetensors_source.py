@@ -145,9 +145,7 @@ class SafetensorsSource:
         for name in self._head_and_embeddings():
             rows = self._where[name].info(name).shape[:1] if name in self._where else ()
             if rows and isinstance(size, int) and rows[0] != size:
-                raise BadInput(
-                    f"{self.path}: config.json says vocab_size {size}, tensor {name!r} has {rows[0]} rows"
-                )
+                raise BadInput(f"{self.path}: config.json says vocab_size {size}, tensor {name!r} has {rows[0]} rows")
 
     def _check_blocks(self) -> None:
         topology, stated = find_topology(self._config), self._config.get("num_hidden_layers")
@@ -204,17 +202,13 @@ def _open_shards(directory: Path) -> list[tuple[SafetensorsFile, list[str]]]:
         shards.setdefault(shard, []).append(name)
     missing = sorted(shard for shard in shards if not (directory / shard).is_file())
     if missing:
-        raise BadInput(
-            f"{directory}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing[:5])}"
-        )
+        raise BadInput(f"{directory}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing[:5])}")
     files = []
     for shard, names in sorted(shards.items()):
         file = SafetensorsFile(directory / shard)
         absent = sorted(set(names) - file.tensors.keys())
         if absent:
-            raise BadInput(
-                f"{directory / shard}: tensor {absent[0][:80]!r} is not there, though {INDEX} says so"
-            )
+            raise BadInput(f"{directory / shard}: tensor {absent[0][:80]!r} is not there, though {INDEX} says so")
         # a tensor that no index entry names is still part of the model, unless another shard has it too
         extra = [name for name in file.names() if name not in weight_map]
         files.append((file, [*names, *extra]))

@@ -46,9 +46,7 @@ class DemoSource(GGUFSource):
         return value if self._orders is None else reorder(name, value, self._orders)
 
 
-def open_source(
-    model: str | os.PathLike[str], *, allow_quantized: bool = False, revision: str | None = None
-) -> Source:
+def open_source(model: str | os.PathLike[str], *, allow_quantized: bool = False, revision: str | None = None) -> Source:
     """Opens `model`: "demo", a directory of safetensors, a GGUF file or a hub id.
 
     `allow_quantized` lets a checkpoint through that is quantized already (its packed tensors come as they
@@ -68,8 +66,7 @@ def open_source(
         source.path = name
         return source
     raise BadInput(
-        f"{name!r} is neither a directory nor a file nor a hub id (owner/name); "
-        f"{DEMO!r} names the embedded model"
+        f"{name!r} is neither a directory nor a file nor a hub id (owner/name); {DEMO!r} names the embedded model"
     )
 
 

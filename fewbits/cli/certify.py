@@ -34,7 +34,7 @@ def read_certificate(directory: Path) -> dict[str, Any]:
 def add_to_certificate(directory: Path, **lists: list[dict[str, Any]]) -> None:
     """Extends the lists of that name in the certificate; an entry equal to an earlier one replaces it.
 
-    Equal means: the same text, tokens and reference (an evaluation), or the same prompt (a sample).
+    Equal means: the same label, text and kind of measurement (an evaluation), or the same prompt (a sample).
     """
     certificate = read_certificate(directory)
     for name, entries in lists.items():
@@ -47,6 +47,7 @@ def add_to_certificate(directory: Path, **lists: list[dict[str, Any]]) -> None:
 def _key(entry: dict[str, Any]) -> tuple[Any, ...]:
     return (
         entry.get("prompt"),
+        str(entry.get("what")).lower(),
         (entry.get("text") or {}).get("sha256"),
         "kl" in entry and entry["kl"] is not None,
     )

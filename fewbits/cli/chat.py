@@ -18,9 +18,7 @@ from fewbits.cli.generate import speed
 @guarded()
 def chat(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, .gguf file, hub id, or 'demo'.")],
-    system: Annotated[
-        str | None, typer.Option(help="What the model is told before the conversation.")
-    ] = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens per answer, at most.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 picks the most likely token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this sum.")] = 1.0,

@@ -33,10 +33,10 @@ def print_json(value: Any) -> None:
     print(json.dumps(_finite(value), indent=2, allow_nan=False), flush=True)
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table on standard output; columns after the first whose cells all start with a digit align right."""
     cells = [list(map(str, row)) for row in rows]
-    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    table = Table(header_style="bold", box=None, pad_edge=False)
     for index, column in enumerate(columns):
         figures = index > 0 and all(row[index][:1].isdigit() or row[index] == "-" for row in cells)
         table.add_column(column, justify="right" if figures else "left", overflow="fold")

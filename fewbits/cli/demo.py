@@ -35,9 +35,9 @@ TIMED_TOKENS = 64  # of each timed completion
 
 @guarded(resumes=True)
 def demo(
-    out: Annotated[
-        Path, typer.Option("-o", "--out", help="Directory for the checkpoints and the report.")
-    ] = Path("fewbits-demo"),
+    out: Annotated[Path, typer.Option("-o", "--out", help="Directory for the checkpoints and the report.")] = Path(
+        "fewbits-demo"
+    ),
     scheme: Annotated[str, typer.Option(help="Scheme or format name.")] = "W4A16_ASYM",
     group_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
@@ -48,9 +48,9 @@ def demo(
     evaluations = _evaluate(directories, seconds)
     _complete(directories["gptq"], seconds)
     rates = _generate(directories, seconds)
-    report = _report(directories["gptq"])
-
     record = _record(directories, evaluations, rates, seconds)
+    _certify(directories, evaluations, record)
+    report = _report(directories["gptq"])
     write_json(out / "demo.json", record)
     if as_json:
         print_json(record)
@@ -75,7 +75,13 @@ def _quantize(out: Path, scheme: str, group_size: int, seconds: dict[str, float]
         with ProgressBar() as bar:
             directories[method] = Path(
                 quantize(
-                    MODEL, scheme, group_size=group_size, method=method, out=out / method, on_progress=bar
+                    MODEL,
+                    scheme,
+                    group_size=group_size,
+                    method=method,
+                    out=out / method,
+                    eval_samples=0,  # the written checkpoints are measured below
+                    on_progress=bar,
                 )
             )
         # The certificate's own figure holds where this run found the work done already.
@@ -85,7 +91,7 @@ def _quantize(out: Path, scheme: str, group_size: int, seconds: dict[str, float]
 
 
 def _evaluate(directories: dict[str, Path], seconds: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """Evaluations of both checkpoints against one pass of the original; entered in their certificates."""
+    """Evaluations of both checkpoints against one pass of the original."""
     from fewbits.evaluation import evaluate, remember
 
     _step("measure what was lost, on held-out text")
@@ -95,10 +101,29 @@ def _evaluate(directories: dict[str, Path], seconds: dict[str, float]) -> dict[s
         for method, directory in directories.items():
             result = evaluate(str(directory), against=reference, what=LABELS[method], progress=bar.step)
             found[method] = result.to_dict()
-    for method, directory in directories.items():
-        add_to_certificate(directory, evaluations=[found[method]])
     seconds["evaluate"] = time.monotonic() - began
     return found
+
+
+def _certify(directories: dict[str, Path], evaluations: dict[str, dict[str, Any]], record: dict[str, Any]) -> None:
+    """Enters what was measured, with size and speed, in the certificates: GPTQ's holds all three rows."""
+    original, *quantized = record["rows"]
+    measured = ("bytes", "bits_per_weight", "tokens_per_second")
+    entries = {
+        method: {**evaluations[method], "what": method, **{name: row[name] for name in measured}}
+        for method, row in zip(LABELS, quantized, strict=True)
+    }
+    reference = {
+        **evaluations["gptq"],
+        "what": ORIGINAL,
+        "model": MODEL,
+        "perplexity": original["perplexity"],
+        **dict.fromkeys(("kl", "top1", "reference_perplexity")),
+        "kl_by_position": [],
+        **{name: original[name] for name in measured},
+    }
+    add_to_certificate(directories["rtn"], evaluations=[reference, entries["rtn"]])
+    add_to_certificate(directories["gptq"], evaluations=[reference, *entries.values()])
 
 
 def _complete(directory: Path, seconds: dict[str, float]) -> None:
@@ -218,9 +243,8 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _tell(record: dict[str, Any]) -> None:
-    print_table(
-        COLUMNS, map(cells, record["rows"]), title=f"\n{MODEL}: {record['scheme']}, {record['format']}\n"
-    )
+    print(f"\n{MODEL}: {record['scheme']}, {record['format']}\n")
+    print_table(COLUMNS, map(cells, record["rows"]))
     text = record["text"]
     print(
         "\nBits per weight of the quantized layers; the size includes the embeddings, which stay in 16 bits.\n"

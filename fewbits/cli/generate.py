@@ -14,20 +14,14 @@ from fewbits.cli.console import message, print_json
 @guarded()
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, .gguf file, hub id, or 'demo'.")],
-    prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="Text to continue; '-' reads standard input.")
-    ],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue; '-' reads standard input.")],
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 picks the most likely token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this sum.")] = 1.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put PROMPT through the model's chat template.")
-    ] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Put PROMPT through the model's chat template.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print text and timings as JSON when done.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print text and timings as JSON when done.")] = False,
 ) -> None:
     """Continue PROMPT with MODEL, token by token; the speed goes to standard error."""
     from fewbits.runtime.generate import stream

@@ -162,9 +162,7 @@ def listing(
         columns = list(rows[0])
         print_table(columns, ([row[column] for column in columns] for row in rows))
         if what == "formats":
-            message(
-                f"-g takes any group size. Bits per weight: a {SHAPE[0]} x {SHAPE[1]} matrix, float32 scales."
-            )
+            message(f"-g takes any group size. Bits per weight: a {SHAPE[0]} x {SHAPE[1]} matrix, float32 scales.")
 
 
 def _print_kernels(rows: list[Row]) -> None:
@@ -175,6 +173,4 @@ def _print_kernels(rows: list[Row]) -> None:
         note = row["answers"][row["runs"]].removeprefix("yes").removeprefix(": ")
         cells.append((row["format"], row["runs"] + (f" ({note})" if note else ""), "\n".join(others)))
     print_table(("format", "runs here", "the other kernels"), cells)
-    message(
-        f"on {rows[0]['device']}, for a {SHAPE[0]} x {SHAPE[1]} matrix; the first kernel that says yes runs"
-    )
+    message(f"on {rows[0]['device']}, for a {SHAPE[0]} x {SHAPE[1]} matrix; the first kernel that says yes runs")

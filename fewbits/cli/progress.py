@@ -23,17 +23,21 @@ class Clock:
 
     def __init__(self, now: float) -> None:
         self.stage: str | None = None
+        self.done = 0
         self.started, self.first, self.last = now, 0, now
         self.deadline: float | None = None
 
-    def update(self, event: Progress, now: float) -> None:
-        if event.stage != self.stage:
+    def update(self, event: Progress, now: float) -> bool:
+        """Takes `event` in; whether it begins a stage (a new one, or the same over again)."""
+        begins = event.stage != self.stage or event.done < self.done
+        if begins:
             self.stage, self.started, self.deadline = event.stage, self.last, None
             self.first = event.done if event.done > 1 else 0
-        self.last = now
+        self.done, self.last = event.done, now
         fresh = event.done - self.first
         if fresh > 0:
             self.deadline = now + (now - self.started) / fresh * max(event.total - event.done, 0)
+        return begins
 
     def left(self, now: float) -> str:
         return "" if self.deadline is None else f"{duration_text(max(self.deadline - now, 0))} left"
@@ -58,7 +62,6 @@ class ProgressBar:
     def __init__(self, *, quiet: bool = False) -> None:
         self.clock = Clock(time.monotonic())
         self.quiet = quiet
-        self._stage: str | None = None
         self._printed = float("-inf")
         self._bar: RichProgress | None = None
         if not quiet and sys.stderr.isatty():
@@ -86,31 +89,28 @@ class ProgressBar:
 
     def __call__(self, event: Progress) -> None:
         now = time.monotonic()
-        self.clock.update(event, now)
+        begins = self.clock.update(event, now)
         if self._bar:
-            self._draw(event)
+            self._draw(event, begins)
         elif not self.quiet:
-            self._line(event, now)
-        self._stage = event.stage
+            self._line(event, begins, now)
 
     def step(self, stage: str, done: int, total: int) -> None:
         """The same, for callers that pass the values one by one."""
         self(Progress(stage, done, total))
 
-    def _draw(self, event: Progress) -> None:
+    def _draw(self, event: Progress, begins: bool) -> None:
         assert self._bar is not None
-        if event.stage != self._stage:
+        if begins:
             for task in list(self._bar.task_ids):
                 self._bar.remove_task(task)
             self._bar.add_task(event.stage, total=event.total, note=event.note)
         task = self._bar.task_ids[0]
         self._bar.update(task, completed=event.done, total=event.total, note=event.note)
 
-    def _line(self, event: Progress, now: float) -> None:
-        due = (
-            now - self._printed >= self.LINE_EVERY or event.stage != self._stage or event.done == event.total
-        )
-        if not due:
+    def _line(self, event: Progress, begins: bool, now: float) -> None:
+        notable = begins or event.done == event.total
+        if not notable and now - self._printed < self.LINE_EVERY:
             return
         self._printed = now
         left = self.clock.left(now) if event.done < event.total else ""

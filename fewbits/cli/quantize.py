@@ -115,9 +115,7 @@ def _evaluation(certificate: dict[str, Any]) -> dict[str, Any] | None:
 def tell(summary: dict[str, Any]) -> None:
     """The summary in a few lines on standard output; fallbacks are never left out."""
     size, dense = summary["bytes"], summary["source_bytes_16bit"]
-    print(
-        f"{summary['out']}: {bytes_text(size)}, {dense / size:.2f} times smaller than with 16 bits per weight"
-    )
+    print(f"{summary['out']}: {bytes_text(size)}, {dense / size:.2f} times smaller than with 16 bits per weight")
     line = f"{summary['layers']} layers at {summary['bits_per_weight']:.2f} bits per weight"
     if summary["mean_relative_error"] is not None:
         line += f", mean relative output error {summary['mean_relative_error']:.4f}"

@@ -146,13 +146,9 @@ class _Scores:
     top1: torch.Tensor  # float32 [samples, length], 1 where the two agree
 
 
-def _score(
-    forward: Forward, ids: torch.Tensor, reference: Reference | None, progress: Progress | None
-) -> _Scores:
+def _score(forward: Forward, ids: torch.Tensor, reference: Reference | None, progress: Progress | None) -> _Scores:
     count, length = ids.shape
-    scores = _Scores(
-        nll=torch.zeros(count, length - 1), kl=torch.zeros(count, length), top1=torch.zeros(count, length)
-    )
+    scores = _Scores(nll=torch.zeros(count, length - 1), kl=torch.zeros(count, length), top1=torch.zeros(count, length))
     for window in range(count):
         for rows, logits in forward.slabs(ids[window]):
             scores.nll[window, rows.start : rows.stop] = slab_nll(ids[window], rows, logits)
@@ -204,14 +200,10 @@ def _load(model: Model, device: str | torch.device | None) -> _Loaded:
             "or the pair (model, tokenizer)"
         )
     config = getattr(module, "config", None)
-    return _Loaded(
-        model=module, tokenizer=tokenizer, name=getattr(config, "name_or_path", "") or type(module).__name__
-    )
+    return _Loaded(model=module, tokenizer=tokenizer, name=getattr(config, "name_or_path", "") or type(module).__name__)
 
 
-def _tokens(
-    loaded: _Loaded, text: TextSpec, samples: int | None, sequence_length: int | None, seed: int
-) -> TokenSet:
+def _tokens(loaded: _Loaded, text: TextSpec, samples: int | None, sequence_length: int | None, seed: int) -> TokenSet:
     if loaded.tokenizer is None:
         raise BadInput(f"{loaded.name} came without its tokenizer; pass (model, tokenizer)")
     texts, description = read_texts(text, split="evaluation")

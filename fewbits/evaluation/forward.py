@@ -71,9 +71,7 @@ class Forward:
         assert self.body is not None
         return self.body(input_ids=ids.unsqueeze(0).to(self.device), use_cache=False).last_hidden_state[0]
 
-    def slabs(
-        self, ids: torch.Tensor, hidden: torch.Tensor | None = None
-    ) -> Iterator[tuple[slice, torch.Tensor]]:
+    def slabs(self, ids: torch.Tensor, hidden: torch.Tensor | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
         """(rows, logits float32 [rows, vocabulary]) over the window `ids` [L], in order.
 
         hidden: the result of `hidden(ids)`, if the caller has it. Raises `FewbitsError` at NaN or infinity.

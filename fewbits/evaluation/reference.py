@@ -87,10 +87,7 @@ class Reference:
 
     def _check_space(self, head: nn.Linear) -> None:
         count = self.tokens.tokens
-        if self.store == EXACT:
-            needed = 4 * (count * self._width + head.weight.numel())
-        else:
-            needed = 2 * count * self.vocabulary
+        needed = 4 * (count * self._width + head.weight.numel()) if self.store == EXACT else 2 * count * self.vocabulary
         free = shutil.disk_usage(self._folder).free
         if needed > free:
             raise FewbitsError(
@@ -183,6 +180,4 @@ def _out_of_space(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise FewbitsError(
-            f"no space left in {folder.parent} for the reference's predictions; {_WAY_OUT}"
-        ) from error
+        raise FewbitsError(f"no space left in {folder.parent} for the reference's predictions; {_WAY_OUT}") from error

@@ -213,4 +213,9 @@ class Format:
         self.check(w, name)
         scale, zero = self.params(w)
         per_column = self.expand(scale, zero, w.shape[1])
-        return Quantized(format=self.with_scale_dtype(scale.dtype), codes=self.encode(w, *per_column), scale=scale, zero=zero)
+        return Quantized(
+            format=self.with_scale_dtype(scale.dtype),
+            codes=self.encode(w, *per_column),
+            scale=scale,
+            zero=zero,
+        )

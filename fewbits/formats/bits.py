@@ -58,8 +58,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack`: uint8 [..., ceil(count*bits/8)] -> uint8 codes [..., count]."""
     if packed.shape[-1] != packed_length(count, bits):
         raise BadInput(
-            f"packed row of {packed.shape[-1]} bytes; {count} codes of {bits} bits take "
-            f"{packed_length(count, bits)}"
+            f"packed row of {packed.shape[-1]} bytes; {count} codes of {bits} bits take {packed_length(count, bits)}"
         )
     if bits == 8:
         return packed.clone()

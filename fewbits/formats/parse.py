@@ -1,6 +1,6 @@
 """Format names: element, then scaling.
 
-    int4-g128   int4-asym-g64   int8-channel   int8-token   fp8_e4m3-tensor   fp4_e2m1-g16   nf4-g64
+int4-g128   int4-asym-g64   int8-channel   int8-token   fp8_e4m3-tensor   fp4_e2m1-g16   nf4-g64
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ def parse_format(name: str) -> Format:
     return Format(
         name=name,
         grid=(UNSIGNED if asymmetric else ELEMENTS)[element],
-        scaling=Scaling(
-            block="group" if size is not None else match["block"], group_size=size, zero_point=asymmetric
-        ),
+        scaling=Scaling(block="group" if size is not None else match["block"], group_size=size, zero_point=asymmetric),
     )
 
 

@@ -55,7 +55,9 @@ def parse_scheme(name: str, group_size: int | None = None) -> Scheme:
     if group_size is not None:
         resized = re.sub(r"-g\d+$", f"-g{group_size}", weights)
         if resized == weights and not weights.endswith(f"-g{group_size}"):
-            raise BadInput(f"group size {group_size} given, but {name} scales {weights.rpartition('-')[2]}-wise: leave it out")
+            raise BadInput(
+                f"group size {group_size} given, but {name} scales {weights.rpartition('-')[2]}-wise: leave it out"
+            )
         weights = resized
     return Scheme(
         name=found or name,

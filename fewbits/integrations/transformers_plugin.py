@@ -35,9 +35,7 @@ if TYPE_CHECKING:
 class FewbitsConfig(QuantizationConfigMixin):
     """The `quantization_config` of a native checkpoint (fields: see fewbits.checkpoints.native)."""
 
-    def __init__(
-        self, version: int = native.VERSION, modules: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, version: int = native.VERSION, modules: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.quant_method = native.QUANT_METHOD
         self.version = version
         self.modules = dict(modules or {})

@@ -95,9 +95,7 @@ class Kernel(Protocol):
         """Codes, uint8 [out, in], from the packed layout; only where `recovers_codes`."""
         ...
 
-    def join(
-        self, parts: Sequence[Packed], specs: Sequence[LinearSpec]
-    ) -> tuple[Packed, list[Packed]] | None:
+    def join(self, parts: Sequence[Packed], specs: Sequence[LinearSpec]) -> tuple[Packed, list[Packed]] | None:
         """Weights that read the same x as one taller weight: (the whole, each part as a view of the whole).
 
         The specs differ in `out` alone. None where the layout does not allow it.
@@ -143,9 +141,7 @@ def joined_rows(
     if any(spec.format.scaling.block == "tensor" for spec in specs):
         return None  # one scale each, and the whole would need several
     whole = {key: torch.cat([part[key] for part in parts], dims[key]) for key in parts[0]}
-    views = [
-        {**part, "weight": weight} for part, weight in zip(parts, whole["weight"].split(rows), strict=True)
-    ]
+    views = [{**part, "weight": weight} for part, weight in zip(parts, whole["weight"].split(rows), strict=True)]
     return whole, views
 
 

@@ -143,9 +143,7 @@ class CpuInt4:
         columns = 2 * packed["weight"].shape[1]
         return _unpack(packed["weight"][start:stop], columns, *layout) - (8 - (1 << (spec.format.bits - 1)))
 
-    def join(
-        self, parts: Sequence[Packed], specs: Sequence[LinearSpec]
-    ) -> tuple[Packed, list[Packed]] | None:
+    def join(self, parts: Sequence[Packed], specs: Sequence[LinearSpec]) -> tuple[Packed, list[Packed]] | None:
         return joined_rows(parts, specs, {"weight": 0, "scales": 1, "scale": 0, "zero": 0})
 
     def linear(self, x: Tensor, packed: Packed, spec: LinearSpec) -> Tensor:
@@ -162,9 +160,7 @@ class CpuInt4:
             rows = rows.to(torch.bfloat16)
             if width != columns:
                 rows = functional.pad(rows, (0, width - columns))
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(
-                rows.contiguous(), weight, width // scales.shape[0], scales
-            )
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), weight, width // scales.shape[0], scales)
             if y.shape[1] != out:
                 y = y[:, :out]
         if token_scale is not None:

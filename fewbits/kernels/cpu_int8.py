@@ -84,9 +84,7 @@ class CpuInt8:
         rows, columns = spec.shape
         return (packed["weight"][:rows, :columns].short() + half).to(torch.uint8)
 
-    def join(
-        self, parts: Sequence[Packed], specs: Sequence[LinearSpec]
-    ) -> tuple[Packed, list[Packed]] | None:
+    def join(self, parts: Sequence[Packed], specs: Sequence[LinearSpec]) -> tuple[Packed, list[Packed]] | None:
         return joined_rows(parts, specs, {"weight": 0, "scale16": 0, "scale": 0, "offset": 0})
 
     def linear(self, x: Tensor, packed: Packed, spec: LinearSpec) -> Tensor:

@@ -40,9 +40,7 @@ class Reference:
         return None  # nothing to gain
 
     def linear(self, x: Tensor, packed: Packed, spec: LinearSpec) -> Tensor:
-        weight = Quantized(
-            format=spec.format, codes=packed["codes"], scale=packed["scale"], zero=packed.get("zero")
-        )
+        weight = Quantized(format=spec.format, codes=packed["codes"], scale=packed["scale"], zero=packed.get("zero"))
         working = torch.float32 if x.device.type == "cpu" else x.dtype
         rows = x.reshape(-1, spec.shape[1])
         if spec.activations is None:

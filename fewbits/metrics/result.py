@@ -92,9 +92,7 @@ def divergence(values: torch.Tensor) -> Divergence:
     """Statistics of KL values [samples, sequence_length]; blocks are the samples."""
     estimate = block_estimate(values)
     median, p99 = np.quantile(values.double().numpy(), (0.5, 0.99))
-    return Divergence(
-        mean=estimate.mean, stderr=estimate.stderr, median=float(median), p99=float(p99), n=estimate.n
-    )
+    return Divergence(mean=estimate.mean, stderr=estimate.stderr, median=float(median), p99=float(p99), n=estimate.n)
 
 
 def by_position(values: torch.Tensor) -> tuple[PositionBin, ...]:

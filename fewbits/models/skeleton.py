@@ -63,9 +63,7 @@ def skeleton(config: dict[str, Any], *, attention: str | None = None) -> nn.Modu
         ValueError,
     ) as error:
         reason = " ".join(str(error).split())
-        raise BadInput(
-            f"config.json describes no {model_type} model that transformers can build: {reason}"
-        ) from error
+        raise BadInput(f"config.json describes no {model_type} model that transformers can build: {reason}") from error
     model.requires_grad_(False)
     _make_computed_buffers_real(model)
     model.eval()
@@ -85,9 +83,7 @@ def _make_computed_buffers_real(model: Any) -> None:
             model._init_weights(owners[module])
     for name, buffer in model.named_non_persistent_buffers():
         if buffer.is_floating_point() and bool(buffer.isnan().any()):
-            raise Unsupported(
-                f"{type(model).__name__}: transformers does not compute the buffer {name} on request"
-            )
+            raise Unsupported(f"{type(model).__name__}: transformers does not compute the buffer {name} on request")
 
 
 @torch.no_grad()
@@ -120,9 +116,7 @@ def load_block(
                 if refs and full not in stored:
                     value = _assemble(refs, parameter, stored, source, _target(parameter, dtype), device)
                 else:
-                    value = _read(full, parameter, stored, source).to(
-                        device=device, dtype=_target(parameter, dtype)
-                    )
+                    value = _read(full, parameter, stored, source).to(device=device, dtype=_target(parameter, dtype))
                 made[id(parameter)] = nn.Parameter(value, requires_grad=False)
             owner.register_parameter(name, made[id(parameter)])
         for name, buffer in owner.named_buffers(recurse=False):
@@ -176,8 +170,7 @@ def _read(name: str, like: Tensor, stored: set[str], source: TensorSource) -> Te
     value = source.tensor(name)
     if value.shape != like.shape:
         raise BadInput(
-            f"{source.path}: tensor {name!r} has shape {list(value.shape)}; "
-            f"config.json asks for {list(like.shape)}"
+            f"{source.path}: tensor {name!r} has shape {list(value.shape)}; config.json asks for {list(like.shape)}"
         )
     return value
 

@@ -140,9 +140,7 @@ def blocks(model: nn.Module, topology: Topology | None = None) -> list[tuple[str
         if isinstance(module, nn.ModuleList) and len(module)
     ]
     if not lists:
-        raise Unsupported(
-            f"{type(model).__name__} has no list of blocks; fewbits quantizes models made of blocks"
-        )
+        raise Unsupported(f"{type(model).__name__} has no list of blocks; fewbits quantizes models made of blocks")
     # the outermost list holds whatever the lists inside its blocks hold, and comes first among equals
     _, name, owner = max(lists, key=lambda item: item[0])
     return [(f"{name}.{index}" if name else str(index), block) for index, block in enumerate(owner)]
@@ -168,9 +166,7 @@ def input_groups(refs: list[Ref], topology: Topology | None = None) -> list[list
     groups: dict[object, list[Ref]] = {}
     for ref in refs:
         parent, _, kind = ref.name.rpartition(".")
-        shared = (
-            next((group for group in topology.shared_inputs if kind in group), None) if topology else None
-        )
+        shared = next((group for group in topology.shared_inputs if kind in group), None) if topology else None
         groups.setdefault((parent, shared) if shared else ref.name, []).append(ref)
     return list(groups.values())
 
@@ -209,9 +205,7 @@ def _is_transposed(module: nn.Module, fused: dict[str, nn.Parameter]) -> bool:
     return first.shape[1] != factor * fused["down_proj"].shape[2]
 
 
-def _pieces(
-    module: nn.Module, fused: dict[str, nn.Parameter], transposed: bool
-) -> dict[str, tuple[str, slice]]:
+def _pieces(module: nn.Module, fused: dict[str, nn.Parameter], transposed: bool) -> dict[str, tuple[str, slice]]:
     """part -> (parameter, rows of the expert's [out, in] matrix)."""
     everything = slice(None)
     if "gate_up_proj" not in fused:

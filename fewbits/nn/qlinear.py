@@ -52,9 +52,7 @@ class QLinear(nn.Module):
     ) -> None:
         super().__init__()
         if activations is not None and activations.scaling.block != "token":
-            raise BadInput(
-                f"activations as {activations.name}; scales of activations are per token, e.g. int8-token"
-            )
+            raise BadInput(f"activations as {activations.name}; scales of activations are per token, e.g. int8-token")
         self.in_features, self.out_features = in_features, out_features
         self.format, self.activations = format, activations
         self.kernel: str | None = None
@@ -63,14 +61,10 @@ class QLinear(nn.Module):
         rows, groups = format.parameter_shape((out_features, in_features))
 
         def bytes_for(height: int, count: int) -> Tensor:
-            return torch.empty(
-                height, packing.packed_length(count, format.bits), dtype=torch.uint8, device=device
-            )
+            return torch.empty(height, packing.packed_length(count, format.bits), dtype=torch.uint8, device=device)
 
         self.register_buffer("codes", bytes_for(out_features, in_features))
-        self.register_buffer(
-            "scale", torch.empty(rows, groups, dtype=format.scaling.scale_dtype, device=device)
-        )
+        self.register_buffer("scale", torch.empty(rows, groups, dtype=format.scaling.scale_dtype, device=device))
         self.register_buffer("zero", bytes_for(rows, groups) if format.scaling.zero_point else None)
         empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
@@ -193,9 +187,7 @@ class QLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        text = (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        )
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         if self.activations is not None:
             text += f", activations={self.activations.name}"
         return f"{text}, format={self.format.name}, kernel={self.kernel or 'not yet chosen'}"

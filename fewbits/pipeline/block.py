@@ -140,7 +140,10 @@ def _rows(whole: Quantized, start: int, count: int) -> Quantized:
     rows = slice(start, start + count)
     zero = None if whole.zero is None else whole.zero[rows].contiguous()
     return Quantized(
-        format=whole.format, codes=whole.codes[rows].contiguous(), scale=whole.scale[rows].contiguous(), zero=zero
+        format=whole.format,
+        codes=whole.codes[rows].contiguous(),
+        scale=whole.scale[rows].contiguous(),
+        zero=zero,
     )
 
 
@@ -177,7 +180,8 @@ def quantized_activations(refs: Sequence[Ref], format: Format | None) -> Iterato
         for ref in refs:
             if isinstance(ref, ExpertRef):
                 raise Unsupported(
-                    f"{ref.name}: activations of fused experts are not quantized; choose a weight-only scheme such as W4A16"
+                    f"{ref.name}: activations of fused experts are not quantized; "
+                    "choose a weight-only scheme such as W4A16"
                 )
             handles.append(ref.module.register_forward_pre_hook(hook))
         yield

@@ -12,7 +12,7 @@ from fewbits.checkpoints.base import read_json
 from fewbits.core.record import environment, now, versions, write_json
 
 if TYPE_CHECKING:
-    from fewbits.pipeline.quantize import Job
+    from fewbits.pipeline.job import Job
 
 NAME = "certificate.json"
 _DISTRIBUTIONS = 6

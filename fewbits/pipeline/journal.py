@@ -21,7 +21,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fewbits.checkpoints.base import read_json
@@ -49,7 +48,9 @@ class Journal:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise BadInput(f"another process is writing {self.out}; wait for it or choose another output") from error
+                raise BadInput(
+                    f"another process is writing {self.out}; wait for it or choose another output"
+                ) from error
             self._claim(restart=restart)
             yield self
 
@@ -85,7 +86,9 @@ class Journal:
             count += 1
         return count if count and self._state_path(count - 1).exists() else 0
 
-    def write(self, index: int, tensors: Mapping[str, Tensor], records: Sequence[dict[str, Any]], streams: Streams) -> None:
+    def write(
+        self, index: int, tensors: Mapping[str, Tensor], records: Sequence[dict[str, Any]], streams: Streams
+    ) -> None:
         """Commits block `index`."""
         flat = {
             f"{name}.{position:05}": tensor
@@ -124,8 +127,3 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] |
 
     items = [(name, t.dtype, tuple(t.shape), provider(t)) for name, t in tensors.items()]
     write_stream(path, items, metadata)
-
-
-def total_bytes(streams: Streams) -> int:
-    """Bytes of all hidden states."""
-    return sum(t.numel() * torch.tensor([], dtype=t.dtype).element_size() for ts in streams.values() for t in ts)

@@ -6,7 +6,6 @@ reason. Tensors are streamed from the source and the journal one at a time.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -113,7 +112,10 @@ def write_shards(directory: Path, items: Iterable[Item], max_bytes: int = MAX_SH
         write_stream(directory / name, [(i.name, i.dtype, i.shape, i.provider) for i in shard], {"format": "pt"})
         weight_map.update({item.name: name for item in shard})
     if len(shards) > 1:
-        write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(
+            directory / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": weight_map},
+        )
     return total
 
 
@@ -159,16 +161,16 @@ def write_card(directory: Path, certificate: dict[str, Any]) -> None:
         "|---|---|",
     ]
     for found in certificate["evaluations"]:
-        kl, top1 = found["kl"], found["top1"]
+        kl, top1, before = found["kl"], found["top1"], found["reference_perplexity"]
         lines += [
             f"| text | {found['text']['description']}, {found['text']['tokens']} tokens |",
             f"| KL(original, quantized) | {kl['mean']:.4f} ± {kl['stderr'] or 0:.4f} nats per token |",
-            f"| perplexity | {found['perplexity']['mean']:.3f} (original {found['reference_perplexity']['mean']:.3f}) |",
+            f"| perplexity | {found['perplexity']['mean']:.3f} (original {before['mean']:.3f}) |",
             f"| top-1 agreement | {100 * top1['mean']:.1f} % |",
         ]
     if not certificate["evaluations"]:
         lines.append("| measured | no: quantized with evaluation switched off |")
-    native = json.dumps(certificate["checkpoint_format"]) == '"fewbits"'
+    native = certificate["checkpoint_format"] == "fewbits"
     lines += ["", "## Loading", "", "```python"]
     if native:
         lines += ["import fewbits  # registers the format with transformers"]

@@ -13,74 +13,30 @@ A killed run continues where it was (journal.py). The output directory appears b
 
 from __future__ import annotations
 
-import dataclasses
-import fnmatch
-import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewbits.algorithms import METHODS
-from fewbits.algorithms.base import WeightMethod
 from fewbits.calibration.collect import Ref
-from fewbits.calibration.data import TextSpec, TokenSet, pack, read_texts
+from fewbits.calibration.data import TextSpec, TokenSet
 from fewbits.checkpoints import compressed_tensors, native
-from fewbits.checkpoints.base import Source
-from fewbits.checkpoints.source import open_source
-from fewbits.core.errors import BadInput, FewbitsError, Unsupported, unknown
+from fewbits.core.errors import BadInput, FewbitsError, Unsupported
 from fewbits.core.progress import OnProgress, Progress
 from fewbits.core.units import bytes_text
-from fewbits.formats import Scheme, parse_scheme
 from fewbits.models.walk import linears
 from fewbits.pipeline import certificate, output
 from fewbits.pipeline.block import Layer, quantized_activations, solve_block
+from fewbits.pipeline.job import Job, ignored, prepare
 from fewbits.pipeline.journal import Journal, Streams
 from fewbits.pipeline.measure import measure
 from fewbits.pipeline.shell import ModelShell, check_vocabulary, round_parameters
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CHECKPOINT_FORMATS = ("auto", "compressed-tensors", "native")
 _BATCH_TOKENS = 2048
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """Everything that decides the bytes of the output, checked before any work is done."""
-
-    source: Source
-    out: Path
-    scheme: Scheme
-    method_name: str
-    method: WeightMethod
-    sequential: bool
-    ignore: tuple[str, ...]
-    dtype: torch.dtype
-    device: torch.device
-    checkpoint_format: str
-    calibration: TokenSet | None
-    probe: TokenSet | None
-    seed: int
-
-    def fingerprint(self) -> dict[str, Any]:
-        """JSON that two runs share exactly when they compute the same tensors."""
-        return {
-            "journal": 1,
-            "source": self.source.identity,
-            "scheme": [self.scheme.weights.name, self.scheme.activations and self.scheme.activations.name],
-            "method": [self.method_name, repr(self.method), self.sequential],
-            "ignore": list(self.ignore),
-            "dtype": str(self.dtype),
-            "device": self.device.type,
-            "checkpoint_format": self.checkpoint_format,
-            "calibration": self.calibration and self.calibration.sha256,
-            "evaluation": self.probe and self.probe.sha256,
-        }
 
 
 def quantize(
@@ -117,7 +73,7 @@ def quantize(
     interrupted or failed run leaves `out` untouched and continues when repeated.
     """
     started = time.time()
-    job = _prepare(
+    job = prepare(
         Path(out), model, scheme, group_size, method or "rtn", method_options or {}, calibration, samples,
         sequence_length, seed, tuple(ignore), dtype, device, checkpoint_format, eval_samples, sequential,
     )  # fmt: skip
@@ -141,94 +97,9 @@ def quantize(
     return job.out
 
 
-def _prepare(
-    out: Path, model: str | Path, scheme_name: str, group_size: int | None, method_name: str,
-    options: dict[str, Any], text: TextSpec, samples: int | None, sequence_length: int | None, seed: int,
-    ignore: tuple[str, ...], dtype_name: str | None, device_name: str | None, checkpoint_format: str,
-    eval_samples: int, sequential: bool,
-) -> Job:  # fmt: skip
-    scheme = parse_scheme(scheme_name, group_size)
-    method = make_method(method_name, options)
-    if checkpoint_format not in CHECKPOINT_FORMATS:
-        raise unknown("checkpoint format", checkpoint_format, CHECKPOINT_FORMATS)
-    if dtype_name is not None and dtype_name not in DTYPES:
-        raise unknown("dtype", dtype_name, DTYPES)
-    device = _device(device_name)
-    for pattern in ignore:
-        _compiled(pattern)
-    source = open_source(model)
-    dtype = DTYPES[dtype_name] if dtype_name else source.dtype
-    scheme = dataclasses.replace(scheme, weights=scheme.weights.with_scale_dtype(dtype))
-    if "lm_head" not in ignore and "lm_head.weight" in source.tied():
-        raise Unsupported("lm_head shares its tensor with the embeddings, which stay dense: keep --ignore lm_head")
-    tokenizer = source.load_tokenizer()
-    limit = source.config().get("max_position_embeddings")
-    length = min(512, limit or 512) if sequence_length is None else sequence_length
-    tokens = None
-    if "hessian" in method.statistics:
-        texts, described = read_texts(text)
-        tokens = pack(
-            texts, tokenizer, sequence_length=length, samples=_default_samples(source, length) if samples is None else samples, seed=seed, max_length=limit,
-            description=described,
-        )  # fmt: skip
-    probe = None
-    if eval_samples:
-        texts, described = read_texts(None, split="evaluation")
-        probe = pack(
-            texts, tokenizer, sequence_length=min(512, limit or 512), samples=None, at_most=eval_samples,
-            description=described,
-        )  # fmt: skip
-    return Job(
-        source=source, out=out.absolute(), scheme=scheme, method_name=method_name, method=method,
-        sequential=sequential, ignore=ignore, dtype=dtype, device=device, checkpoint_format=checkpoint_format,
-        calibration=tokens, probe=probe, seed=seed,
-    )  # fmt: skip
-
-
-def _default_samples(source: Source, sequence_length: int) -> int:
-    """Four tokens for every input of the widest linear: fewer leave its Hessian poor, more change little."""
-    sizes = ("hidden_size", "intermediate_size", "moe_intermediate_size")
-    widest = max(int(source.config().get(name) or 0) for name in sizes)
-    return max(16, -(-4 * widest // sequence_length))
-
-
-def make_method(name: str, options: dict[str, Any]) -> WeightMethod:
-    """The method called `name` with `options`; BadInput for one it does not have."""
-    kind = METHODS.get(name)
-    allowed = [field.name for field in dataclasses.fields(kind)]
-    for option in options:
-        if option not in allowed:
-            raise unknown(f"option of method {name}", option, allowed)
-    made: WeightMethod = kind(**options)
-    return made
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise BadInput(f"unknown device {name!r}; use cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BadInput(f"device {name!r}: torch sees no GPU; use cpu, or install torch for your GPU")
-    return device
-
-
 def _check_output(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out} exists and holds something else; choose another output, or remove it first")
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern))
-    except re.error as error:
-        raise BadInput(f"ignore pattern {pattern!r} is no regular expression: {error}") from error
-
-
-def _ignored(name: str, patterns: Iterable[str]) -> bool:
-    return any(_compiled(pattern).match(name) for pattern in patterns)
 
 
 def _batches(tokens: TokenSet | None) -> list[Tensor]:
@@ -280,7 +151,7 @@ def _run(job: Job, journal: Journal, report: OnProgress, started: float) -> None
 
 def _chosen(shell: ModelShell, index: int, job: Job) -> list[Ref]:
     prefix, block = shell.blocks[index]
-    refs = [ref for ref in linears(block, shell.topology) if not _ignored(f"{prefix}.{ref.name}", job.ignore)]
+    refs = [ref for ref in linears(block, shell.topology) if not ignored(f"{prefix}.{ref.name}", job.ignore)]
     for ref in refs:
         size = job.scheme.weights.scaling.group_size
         if size is not None and size > ref.shape[1]:
@@ -293,7 +164,9 @@ def _chosen(shell: ModelShell, index: int, job: Job) -> list[Ref]:
 
 def _checkpoint_kind(job: Job, chosen: list[list[Ref]]) -> str:
     reasons = {
-        compressed_tensors.refuses(job.scheme.weights, job.scheme.activations, ref.shape) for refs in chosen for ref in refs
+        compressed_tensors.refuses(job.scheme.weights, job.scheme.activations, ref.shape)
+        for refs in chosen
+        for ref in refs
     } - {None}
     if job.checkpoint_format == "native" or (reasons and job.checkpoint_format == "auto"):
         return native.QUANT_METHOD
@@ -314,7 +187,9 @@ def _check_space(job: Job) -> None:
     parent = next(folder for folder in [job.out.parent, *job.out.parents] if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise FewbitsError(f"{parent}: {bytes_text(free)} free, up to {bytes_text(needed)} needed; free space or choose another disk")
+        raise FewbitsError(
+            f"{parent}: {bytes_text(free)} free, up to {bytes_text(needed)} needed; free space or choose another disk"
+        )
 
 
 def _embed(job: Job, shell: ModelShell) -> Streams:
@@ -397,7 +272,11 @@ def _assemble(
     tied = {name for name in present if name == "lm_head.weight" and job.source.config().get("tie_word_embeddings")}
     dropped = {name: "computed from config.json" for name in present if name.endswith("rotary_emb.inv_freq")}
     kept, account = output.kept_items(
-        job.source, {f"{name}.weight" for name in modules}, tied - {"model.embed_tokens.weight"}, dropped, job.dtype
+        job.source,
+        {f"{name}.weight" for name in modules},
+        tied - {"model.embed_tokens.weight"},
+        dropped,
+        job.dtype,
     )
     blocks = [journal.block_path(index) for index in range(len(shell.blocks))]
     items = [*kept, *output.block_items(blocks)]
@@ -407,7 +286,10 @@ def _assemble(
         config = compressed_tensors.quantization_config(job.scheme.weights, job.scheme.activations, ignore)
     else:
         config = native.quantization_config(
-            {name: native.module_entry(job.scheme.weights, job.scheme.activations, shape) for name, shape in modules.items()}
+            {
+                name: native.module_entry(job.scheme.weights, job.scheme.activations, shape)
+                for name, shape in modules.items()
+            }
         )
     output.write_config(directory, job.source, job.dtype, config)
     output.write_companions(directory, job.source)
@@ -424,4 +306,3 @@ def _linear_names(shell: ModelShell) -> set[str]:
     names = {name for name, module in shell.model.named_modules() if isinstance(module, torch.nn.Linear)}
     experts = {f"{prefix}.{ref.disk_name}" for prefix, block in shell.blocks for ref in linears(block, shell.topology)}
     return names | experts
-

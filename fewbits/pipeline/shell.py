@@ -141,7 +141,11 @@ class ModelShell:
             return logits
 
     def logit_pairs(
-        self, batches: Sequence[Tensor], original: Sequence[Tensor], quantized: Sequence[Tensor], dtype: torch.dtype
+        self,
+        batches: Sequence[Tensor],
+        original: Sequence[Tensor],
+        quantized: Sequence[Tensor],
+        dtype: torch.dtype,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """(original, quantized) logits [T, V] of one window after the other; the second's head rounded to `dtype`.
 

@@ -160,9 +160,7 @@ def _certificate(raw: dict[str, Any], path: Path) -> Certificate:
     def need(section: str, key: str, check: Callable[[Any], T | None]) -> T:
         value = check(_object(raw.get(section)).get(key))
         if value is None:
-            raise BadInput(
-                f"'{path}' has no usable '{section}.{key}'; quantize again with this version of fewbits"
-            )
+            raise BadInput(f"'{path}' has no usable '{section}.{key}'; quantize again with this version of fewbits")
         return value
 
     if not isinstance(raw.get("layers"), list):
@@ -181,9 +179,7 @@ def _certificate(raw: dict[str, Any], path: Path) -> Certificate:
         bytes=need("size", "bytes", positive),
         # Sizes compare with 16-bit weights: a source may itself be a quantized file.
         source_bytes=positive(size.get("source_bytes_16bit")) or need("size", "source_bytes", positive),
-        source_dtype="16-bit"
-        if positive(size.get("source_bytes_16bit"))
-        else text(source.get("dtype")) or "source",
+        source_dtype="16-bit" if positive(size.get("source_bytes_16bit")) else text(source.get("dtype")) or "source",
         bits_per_weight=need("size", "bits_per_weight", positive),
         bits_per_weight_model=positive(size.get("bits_per_weight_model")),
         layers=_parsed(raw["layers"], _layer),

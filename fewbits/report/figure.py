@@ -85,9 +85,7 @@ def styled() -> AbstractContextManager[None]:
     return context
 
 
-def figure(
-    key: str, description: str, draw: Callable[[Any, bool], None], heights: tuple[float, float]
-) -> str:
+def figure(key: str, description: str, draw: Callable[[Any, bool], None], heights: tuple[float, float]) -> str:
     """HTML of a figure: `draw(figure, wide)` fills an empty matplotlib figure, once wide and once narrow.
 
     key: unique on the page; it keeps the ids of the drawings apart. description: what a reader who cannot see

@@ -21,9 +21,7 @@ from fewbits.report.loading import ways_to_load
 from fewbits.report.words import TIMES, change, esc, plus_minus
 
 NAME = "report.html"
-_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'"  # enforced by the browser: nothing runs or is fetched
-)
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # enforced by the browser: nothing runs or is fetched
 
 
 def write_report(directory: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
@@ -168,10 +166,7 @@ def _tiles(certificate: Certificate) -> list[str]:
 def _tile(name: str, figure: str, unit: str, note: str) -> str:
     """figure is HTML, the rest text."""
     small = f" <small>{esc(unit)}</small>" if unit else ""
-    return (
-        f'<div class="tile"><h3>{esc(name)}</h3><p class="figure-text">{figure}{small}</p>'
-        f"<p>{esc(note)}</p></div>"
-    )
+    return f'<div class="tile"><h3>{esc(name)}</h3><p class="figure-text">{figure}{small}</p><p>{esc(note)}</p></div>'
 
 
 # ---- smaller pieces

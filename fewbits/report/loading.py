@@ -34,8 +34,4 @@ def ways_to_load(certificate: Certificate, directory: Path) -> str:
         serve = f"vllm serve {shell}\n\n# or in Python\nfrom vllm import LLM\n\nllm = LLM({quoted})"
         blocks.append(("vLLM", f"<pre><code>{esc(serve)}</code></pre>"))
     blocks.append(("fewbits", f"<pre><code>{esc(fewbits)}</code></pre>"))
-    return (
-        '<div class="ways">'
-        + "".join(f"<div><h3>{title}</h3>{code}</div>" for title, code in blocks)
-        + "</div>"
-    )
+    return '<div class="ways">' + "".join(f"<div><h3>{title}</h3>{code}</div>" for title, code in blocks) + "</div>"

@@ -25,9 +25,7 @@ def _percent_axis(axis: Any, low: float, high: float) -> None:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks: list[float] = []
     for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
-        ticks = [
-            step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high
-        ]
+        ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
         if len(ticks) > 2:
             break
     axis.set_major_locator(FixedLocator(ticks[:: math.ceil(len(ticks) / 7) or 1]))
@@ -113,9 +111,7 @@ def error_by_layer(certificate: Certificate) -> str:
         _legend(canvas, certificate.method, baseline)
 
     rows_wide, rows_narrow = math.ceil(len(kinds) / 4), math.ceil(len(kinds) / 2)
-    description = (
-        f"Relative error of each layer over the depth of the model, one panel for each of {len(kinds)} kinds"
-    )
+    description = f"Relative error of each layer over the depth of the model, one panel for each of {len(kinds)} kinds"
     return figure("layers", description, draw, (0.6 + 1.75 * rows_wide, 0.6 + 1.5 * rows_narrow))
 
 
@@ -217,9 +213,7 @@ def distributions(certificate: Certificate) -> str:
 
     columns, count = min(len(shown), 3), len(shown)
     heights = (0.2 + 1.9 * math.ceil(count / columns), 0.2 + 1.6 * count)
-    return figure(
-        "weights", f"Weights of the {count} worst layers and the levels of their grids", draw, heights
-    )
+    return figure("weights", f"Weights of the {count} worst layers and the levels of their grids", draw, heights)
 
 
 def _distribution(axis: Any, data: Distribution) -> None:
@@ -231,9 +225,7 @@ def _distribution(axis: Any, data: Distribution) -> None:
     axis.set_ylim(0.5, top * 4)
     width = 1.0 if len(data.levels) <= 32 else 0.4
     axis.vlines(data.levels, 0.5, top * 2, color=METHOD, linewidth=width, alpha=0.7)
-    axis.plot(
-        data.levels, [top * 2] * len(data.levels), color=METHOD, linestyle="none", marker="v", markersize=3.2
-    )
+    axis.plot(data.levels, [top * 2] * len(data.levels), color=METHOD, linestyle="none", marker="v", markersize=3.2)
     axis.set_title(_short(data.name), fontsize=8.8)
     axis.yaxis.set_major_locator(NullLocator())
     axis.yaxis.set_minor_locator(NullLocator())

@@ -99,9 +99,7 @@ def _accuracy_row(certificate: Certificate, row: Row, texts: Sequence[str]) -> l
     size, bits = row.bytes, row.bits_per_weight
     if what == certificate.method.lower():
         size, bits = size or certificate.bytes, bits or certificate.bits_per_weight
-    label = {"original": f"Original, {certificate.source_dtype}", "rtn": "Round-to-nearest"}.get(
-        what, row.what.upper()
-    )
+    label = {"original": f"Original, {certificate.source_dtype}", "rtn": "Round-to-nearest"}.get(what, row.what.upper())
     if what == "original":
         size = size or certificate.source_bytes
     if len(texts) > 1:
@@ -157,9 +155,7 @@ def formats(certificate: Certificate) -> str:
 
 def layers(certificate: Certificate) -> str:
     """Every layer, worst first."""
-    ordered = sorted(
-        certificate.layers, key=lambda layer: -(layer.error if layer.error is not None else -1.0)
-    )
+    ordered = sorted(certificate.layers, key=lambda layer: -(layer.error if layer.error is not None else -1.0))
     rows = [
         [
             f"<code>{esc(layer.name)}</code>"
@@ -173,11 +169,7 @@ def layers(certificate: Certificate) -> str:
     ]
     shown = table(["Layer", "Format", "Error", "Round-to-nearest", "Weight SQNR"], rows, numbers_from=2)
     left = len(ordered) - len(rows)
-    rest = (
-        f'<p class="note">{left:,} more layers, with smaller errors, are in the certificate.</p>'
-        if left
-        else ""
-    )
+    rest = f'<p class="note">{left:,} more layers, with smaller errors, are in the certificate.</p>' if left else ""
     summary = f"All {len(ordered):,} layers, worst first"
     return f"<details><summary>{summary}</summary>{shown}{rest}</details>"
 
@@ -221,11 +213,7 @@ def record(certificate: Certificate) -> str:
         ("Time", _plain(None if seconds is None else duration_text(seconds))),
         ("Peak memory", _plain(None if memory is None else bytes_text(memory))),
     ]
-    return (
-        "<dl>"
-        + "".join(f"<dt>{esc(name)}</dt><dd>{value}</dd>" for name, value in entries if value)
-        + "</dl>"
-    )
+    return "<dl>" + "".join(f"<dt>{esc(name)}</dt><dd>{value}</dd>" for name, value in entries if value) + "</dl>"
 
 
 def _options(certificate: Certificate) -> str:

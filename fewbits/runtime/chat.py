@@ -22,15 +22,11 @@ class Chat:
     template.
     """
 
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, *, system: str | None = None, **options: Any
-    ) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, *, system: str | None = None, **options: Any) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise BadInput("this model's tokenizer has no chat template: it is no chat model; use `generate`")
         self._model, self._tokenizer, self._options = model, tokenizer, options
-        self.messages: list[dict[str, str]] = (
-            [] if system is None else [{"role": "system", "content": system}]
-        )
+        self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
         self.last: Stream | None = None
 
     def say(self, text: str) -> Iterator[str]:

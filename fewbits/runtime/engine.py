@@ -125,9 +125,7 @@ class Engine:
     def __init__(self, model: nn.Module, capacity: int = 512) -> None:
         answer = accepts(model)
         if isinstance(answer, No):
-            raise Unsupported(
-                f"the decode engine does not take this model: {answer.reason}; use model.generate"
-            )
+            raise Unsupported(f"the decode engine does not take this model: {answer.reason}; use model.generate")
         body: Any = model.model
         config: Any = model.config
         self.limit: int = config.max_position_embeddings
@@ -223,9 +221,7 @@ class Engine:
     def _head_norms(self, layer: _Layer, qk: Tensor) -> Tensor:
         shape = (self.width,)
         queries = functional.rms_norm(qk[:, : self.heads], shape, layer.q_norm, layer.eps)
-        return torch.cat(
-            [queries, functional.rms_norm(qk[:, self.heads :], shape, layer.k_norm, layer.eps)], 1
-        )
+        return torch.cat([queries, functional.rms_norm(qk[:, self.heads :], shape, layer.k_norm, layer.eps)], 1)
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
         """queries [rows, heads, width], keys and values [kv heads, end, width] -> [rows, heads * width]."""

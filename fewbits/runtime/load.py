@@ -202,9 +202,7 @@ def _finish(model: Any, source: Source, dtype: torch.dtype, modules: dict[str, A
     model.config.name_or_path = source.path
     if modules:
         entries = {
-            name: native.module_entry(
-                module.format, module.activations, (module.out_features, module.in_features)
-            )
+            name: native.module_entry(module.format, module.activations, (module.out_features, module.in_features))
             for name, module in modules.items()
         }
         model.config.quantization_config = native.quantization_config(entries)

@@ -89,9 +89,7 @@ def _joined(linears: Sequence[nn.Module], dtype: torch.dtype) -> Product | None:
     """One product for all of `linears`, or None where they differ in kind or their layout does not join."""
     if all(isinstance(linear, nn.Linear) for linear in linears):
         same = len({(linear.weight.dtype, linear.weight.device) for linear in linears}) == 1
-        packs = (
-            linears[0].weight.dtype.itemsize == 2 and linears[0].weight.device.type == "cpu" and half_works()
-        )
+        packs = linears[0].weight.dtype.itemsize == 2 and linears[0].weight.device.type == "cpu" and half_works()
         return _dense(linears) if same and packs else None
     if not all(isinstance(linear, QLinear) for linear in linears):
         return None

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from fewbits.core.errors import BadInput
 from fewbits.formats import Grid, Quantized, known_formats, parse_format
 from fewbits.formats.elements import ELEMENTS, UNSIGNED
-from fewbits.formats.grid import FloatGrid
 
 FORMATS = known_formats()
 GRIDS = {**ELEMENTS, **{f"u{name}": grid for name, grid in UNSIGNED.items()}}

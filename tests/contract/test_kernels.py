@@ -129,9 +129,7 @@ def test_any_layout_and_rank_of_x(kernel: str, name: str) -> None:
     rows = found.linear(x.reshape(6, 128).contiguous(), packed, spec)
     torch.testing.assert_close(found.linear(x, packed, spec), rows.reshape(2, 3, 48))
     columns = torch.randn(128, 5).t()
-    torch.testing.assert_close(
-        found.linear(columns, packed, spec), found.linear(columns.contiguous(), packed, spec)
-    )
+    torch.testing.assert_close(found.linear(columns, packed, spec), found.linear(columns.contiguous(), packed, spec))
     assert found.linear(x[0, 0], packed, spec).shape == (48,)
     assert found.linear(x[:0], packed, spec).shape == (0, 3, 48)
 

@@ -11,7 +11,15 @@ from fewbits.algorithms.base import proxy_loss
 from fewbits.core.errors import BadInput
 from fewbits.formats import parse_format
 
-FORMATS = ["int4-asym-g64", "int3-g64", "int2-channel", "nf4-g64", "fp4_e2m1-g16", "fp8_e4m3-tensor", "int4-g48"]
+FORMATS = [
+    "int4-asym-g64",
+    "int3-g64",
+    "int2-channel",
+    "nf4-g64",
+    "fp4_e2m1-g16",
+    "fp8_e4m3-tensor",
+    "int4-g48",
+]
 
 
 def correlated(n: int, tokens: int, rho: float, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -49,7 +57,5 @@ def test_non_finite_weights_are_refused_by_name(method: str) -> None:
 def test_same_input_same_codes(method: str) -> None:
     _, hessian = correlated(128, 500, 0.5)
     weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(2))
-    first, second = (
-        METHODS.get(method)().solve(weight, parse_format("int3-asym-g32"), hessian, "w") for _ in "ab"
-    )
+    first, second = (METHODS.get(method)().solve(weight, parse_format("int3-asym-g32"), hessian, "w") for _ in "ab")
     assert torch.equal(first.quantized.codes, second.quantized.codes)

@@ -78,9 +78,7 @@ def test_a_module_moves_there_and_back() -> None:
 
 def test_activations_quantized_per_token() -> None:
     weight, activations = parse_format("int4-g64").quantize(torch.randn(48, 128)), parse_format("int8-token")
-    spec = LinearSpec(
-        format=weight.format, shape=weight.shape, device=torch.device("cuda", 0), activations=activations
-    )
+    spec = LinearSpec(format=weight.format, shape=weight.shape, device=torch.device("cuda", 0), activations=activations)
     x = torch.randn(5, 128)
     expected = REFERENCE.linear(x, REFERENCE.prepack(weight), spec)
     kernel = choose(spec)

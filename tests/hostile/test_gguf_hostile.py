@@ -36,10 +36,7 @@ def tensor(
 ) -> bytes:
     shape = struct.pack(f"<{len(dims)}Q", *dims)
     return (
-        text(name)
-        + struct.pack("<I", len(dims) if rank is None else rank)
-        + shape
-        + struct.pack("<IQ", kind, offset)
+        text(name) + struct.pack("<I", len(dims) if rank is None else rank) + shape + struct.pack("<IQ", kind, offset)
     )
 
 

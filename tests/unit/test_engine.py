@@ -80,9 +80,7 @@ def test_quantized_activations() -> None:
 
 
 def test_bfloat16_weights() -> None:
-    check(
-        tiny_llama().to(torch.bfloat16), 25.0
-    )  # transformers rounds hidden states to bfloat16, the engine does not
+    check(tiny_llama().to(torch.bfloat16), 25.0)  # transformers rounds hidden states to bfloat16, the engine does not
 
 
 def test_joined_weights_share_memory_with_the_modules() -> None:

@@ -13,9 +13,7 @@ from fewbits.formats.elements import ELEMENTS, NF4_LEVELS
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    width=st.integers(1, 8), rows=st.integers(1, 4), count=st.integers(1, 200), seed=st.integers(0, 1 << 30)
-)
+@given(width=st.integers(1, 8), rows=st.integers(1, 4), count=st.integers(1, 200), seed=st.integers(0, 1 << 30))
 def test_packing_is_exact_dense_and_little_endian(width: int, rows: int, count: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 1 << width, (rows, count), generator=generator, dtype=torch.uint8)
@@ -63,9 +61,7 @@ def test_e2m1_ties_go_to_the_even_code(x: float, level: float) -> None:
 def test_nf4_is_quantiles_of_the_normal_distribution() -> None:
     """QLoRA's code: 8 positive and 7 negative quantiles up to the mean of 1 - 1/30 and 1 - 1/32."""
     offset = 0.9677083
-    normal = torch.distributions.Normal(
-        torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
-    )
+    normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
     positive = normal.icdf(torch.linspace(offset, 0.5, 9, dtype=torch.float64)[:-1])
     negative = -normal.icdf(torch.linspace(offset, 0.5, 8, dtype=torch.float64)[:-1])
     values = torch.cat([positive, negative, torch.zeros(1, dtype=torch.float64)]).sort().values
@@ -77,9 +73,7 @@ def test_a_tie_on_nf4_goes_to_the_lower_level() -> None:
     assert int(grid.nearest(torch.tensor([(grid.levels[14] + grid.levels[15]) / 2], dtype=torch.float64))) == 14
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"), [("nf4-g64", 8.460053e-3), ("fp4_e2m1-g64", 1.117379e-2)]
-)
+@pytest.mark.parametrize(("name", "expected"), [("nf4-g64", 8.460053e-3), ("fp4_e2m1-g64", 1.117379e-2)])
 def test_block_error_on_a_gaussian_matches_the_integral(name: str, expected: float) -> None:
     """Mean squared error of absmax scaling over blocks of 64 of N(0,1), against the exact 1-D integral."""
     w = torch.randn(4000, 1024, generator=torch.Generator().manual_seed(0))

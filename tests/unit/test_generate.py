@@ -95,9 +95,7 @@ def test_the_readers_time_is_not_in_the_rate(monkeypatch) -> None:
 
 def test_a_seed_repeats(model) -> None:
     def draw(seed: int | None) -> list[int]:
-        text = stream(
-            model, TOKENIZER, "ab", max_new_tokens=12, temperature=1.5, top_p=0.9, seed=seed, ignore_eos=True
-        )
+        text = stream(model, TOKENIZER, "ab", max_new_tokens=12, temperature=1.5, top_p=0.9, seed=seed, ignore_eos=True)
         list(text)
         return text.ids
 

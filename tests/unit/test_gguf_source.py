@@ -97,9 +97,7 @@ def describe(writer: gguf.GGUFWriter, config: LlamaConfig) -> None:
     if experts:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(
-            getattr(config, "moe_intermediate_size", config.intermediate_size)
-        )
+        writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
 
 
 def tensors(
@@ -168,9 +166,7 @@ def add_tensors(writer: gguf.GGUFWriter, **values: np.ndarray) -> None:
         writer.add_tensor(name.replace("__", "."), value)
 
 
-def write_minimal(
-    path: Path, change: object = None, architecture: str = "llama", **extra: np.ndarray
-) -> Path:
+def write_minimal(path: Path, change: object = None, architecture: str = "llama", **extra: np.ndarray) -> Path:
     writer = gguf.GGUFWriter(path, architecture)
     describe(writer, FAMILIES["llama"][1])
     if callable(change):

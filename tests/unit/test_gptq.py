@@ -15,7 +15,9 @@ from fewbits.formats import Quantized, parse_format
 PLAIN = {"act_order": False, "search": None, "static_groups": False}
 
 
-def problem(n: int = 256, rows: int = 48, rho: float = 0.5, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def problem(
+    n: int = 256, rows: int = 48, rho: float = 0.5, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     covariance = torch.full((n, n), rho, dtype=torch.float64).fill_diagonal_(1)
     x = torch.randn(4096, n, generator=generator, dtype=torch.float64) @ torch.linalg.cholesky(covariance).T
@@ -174,7 +176,10 @@ def test_a_hopeless_hessian_is_an_error_with_the_layer_and_the_way_out() -> None
         GPTQ().solve(weight, parse_format("int4-g64"), hessian, "w")
 
 
-@pytest.mark.parametrize("options", [{"damping": 0}, {"damping": -1}, {"block_size": 0}, {"act_order": True, "static_groups": False}])
+@pytest.mark.parametrize(
+    "options",
+    [{"damping": 0}, {"damping": -1}, {"block_size": 0}, {"act_order": True, "static_groups": False}],
+)
 def test_options_that_make_no_sense_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(BadInput):
         GPTQ(**options)  # type: ignore[arg-type]

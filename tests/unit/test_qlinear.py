@@ -99,9 +99,7 @@ def test_another_kernel_on_request() -> None:
 
 def test_activations_are_rounded_per_token() -> None:
     weight = parse_format("int8-channel").quantize(torch.randn(16, 64))
-    plain, rounded = (
-        QLinear.from_quantized(weight, activations=found) for found in (None, parse_format("int8-token"))
-    )
+    plain, rounded = (QLinear.from_quantized(weight, activations=found) for found in (None, parse_format("int8-token")))
     x = torch.randn(3, 64)
     assert 20 < sqnr_db(plain(x), rounded(x)) < 60
     with pytest.raises(BadInput, match="per token"):

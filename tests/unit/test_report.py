@@ -179,9 +179,7 @@ def test_without_a_baseline(tmp_path: Path, no_figures: None) -> None:
     certificate = fake_certificate(blocks=1)
     certificate["evaluations"] = certificate["evaluations"][1:]
     page = report(tmp_path, certificate)
-    assert (
-        "Round-to-nearest" not in page[: page.index("Error by layer")] and "predictions diverge" not in page
-    )
+    assert "Round-to-nearest" not in page[: page.index("Error by layer")] and "predictions diverge" not in page
 
 
 def test_a_baseline_on_other_text_is_not_compared(tmp_path: Path, no_figures: None) -> None:
@@ -256,9 +254,7 @@ def test_missing_or_broken_certificates_are_refused(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["certificate.json"]
 
 
-@pytest.mark.parametrize(
-    "section", ["source.path", "scheme.name", "method.name", "size.bytes", "size.bits_per_weight"]
-)
+@pytest.mark.parametrize("section", ["source.path", "scheme.name", "method.name", "size.bytes", "size.bits_per_weight"])
 @pytest.mark.parametrize("value", [None, [], {}, True, 0, -1])
 def test_required_fields_are_named(tmp_path: Path, section: str, value: Any) -> None:
     certificate = fake_certificate(blocks=1)

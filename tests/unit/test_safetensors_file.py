@@ -73,9 +73,7 @@ def test_we_read_what_the_package_writes(tmp_path: Path) -> None:
         max_size=6,
     )
 )
-def test_round_trip(
-    tmp_path_factory: pytest.TempPathFactory, shapes: dict[str, tuple[torch.dtype, list[int]]]
-) -> None:
+def test_round_trip(tmp_path_factory: pytest.TempPathFactory, shapes: dict[str, tuple[torch.dtype, list[int]]]) -> None:
     tensors = {name: random_tensor(dtype, tuple(shape)) for name, (dtype, shape) in shapes.items()}
     path = tmp_path_factory.mktemp("round") / "m.safetensors"
     write_stream(path, [item(*pair) for pair in tensors.items()])
@@ -88,9 +86,7 @@ def test_every_tensor_lies_aligned(tmp_path: Path) -> None:
     values = [("odd", torch.zeros(3, dtype=torch.uint8)), ("b", torch.zeros(1, dtype=torch.bfloat16))]
     values += [("d", torch.zeros(1, dtype=torch.float64)), ("f", torch.zeros(3))]
     write_stream(tmp_path / "m.safetensors", [item(*pair) for pair in values])
-    assert all(
-        info.start % info.dtype.itemsize == 0 for info in read_header(tmp_path / "m.safetensors").values()
-    )
+    assert all(info.start % info.dtype.itemsize == 0 for info in read_header(tmp_path / "m.safetensors").values())
 
 
 def test_one_tensor_is_alive_at_a_time(tmp_path: Path) -> None:
@@ -103,9 +99,7 @@ def test_one_tensor_is_alive_at_a_time(tmp_path: Path) -> None:
         highest.append(sum(tensor() is not None for tensor in made))
         return value
 
-    write_stream(
-        tmp_path / "m.safetensors", [(f"t{index}", torch.float32, (4,), provide) for index in range(5)]
-    )
+    write_stream(tmp_path / "m.safetensors", [(f"t{index}", torch.float32, (4,), provide) for index in range(5)])
     assert max(highest) == 1
 
 

@@ -194,8 +194,6 @@ def test_at_most_caps_an_open_choice_only() -> None:
         (100, 1, 65, "more than the 64 positions"),
     ],
 )
-def test_impossible_requests_say_what_is_there(
-    count: int, samples: int, sequence_length: int, message: str
-) -> None:
+def test_impossible_requests_say_what_is_there(count: int, samples: int, sequence_length: int, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         pack([words(count)], WordTokenizer(), sequence_length=sequence_length, samples=samples, max_length=64)

@@ -85,9 +85,7 @@ def family(name: str) -> Topology:
 def test_tables_agree_with_their_names() -> None:
     for name, topology in TOPOLOGIES.items():
         assert topology.name == name
-        assert all(
-            find_topology({"model_type": model_type}) is topology for model_type in topology.model_types
-        )
+        assert all(find_topology({"model_type": model_type}) is topology for model_type in topology.model_types)
     assert find_topology({"model_type": "opt"}) is None
     assert find_topology({}) is None
 
@@ -120,9 +118,7 @@ def test_every_name_in_a_table_exists_in_the_model(name: str) -> None:
 def test_blocks_are_found_without_a_table(name: str) -> None:
     model = build(EVERY[name])
     found = blocks(model)
-    assert [block for _, block in found] == [
-        block for _, block in blocks(model, find_topology({"model_type": name}))
-    ]
+    assert [block for _, block in found] == [block for _, block in blocks(model, find_topology({"model_type": name}))]
     modules = dict(model.named_modules())
     assert len(found) == 2
     assert all(modules[path] is block for path, block in found)
@@ -261,9 +257,7 @@ def test_expert_views(transposed: bool, concatenated: bool) -> None:
     assert [ref.shape for ref in refs[:3]] == [(24, 32), (24, 32), (32, 24)]
     for number, ref in enumerate(refs):
         ref.write(torch.full(ref.shape, float(number)))
-    assert all(
-        torch.equal(ref.weight, torch.full(ref.shape, float(number))) for number, ref in enumerate(refs)
-    )
+    assert all(torch.equal(ref.weight, torch.full(ref.shape, float(number))) for number, ref in enumerate(refs))
     fused = experts.gate_up_proj[1].T if transposed else experts.gate_up_proj[1]
     halves = (fused[:24], fused[24:]) if concatenated else (fused[0::2], fused[1::2])
     assert bool((halves[0] == 3).all()) and bool((halves[1] == 4).all())
@@ -290,7 +284,5 @@ def test_inputs_of_an_expert_are_what_it_multiplies() -> None:
                 share = (weights * (chosen == ref.index)).sum(dim=-1)[rows, None]
                 total[rows] += share * (ref.inputs(hidden, chosen, weights) @ ref.weight.T)
             else:
-                assert torch.equal(
-                    ref.inputs(hidden[None], chosen), hidden[(chosen == ref.index).any(dim=-1)]
-                )
+                assert torch.equal(ref.inputs(hidden[None], chosen), hidden[(chosen == ref.index).any(dim=-1)])
     assert torch.allclose(total, expected, atol=1e-5)

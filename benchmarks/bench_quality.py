@@ -1,0 +1,72 @@
+"""What GPTQ recovers of what rounding to nearest loses, on the embedded model.
+
+KL to the float32 original on held-out built-in text, for the settings in `SETTINGS`, both methods from one
+command; recorded under benchmarks/results as "quality".
+
+    python benchmarks/bench_quality.py [--only W4A16_ASYM:64]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from recorded import save
+
+from fewbits.core.record import environment
+from fewbits.pipeline.quantize import quantize
+
+SETTINGS = [("W4A16_ASYM", 64), ("W4A16", 64), ("W3A16_ASYM", 64), ("nf4-g64", None)]
+EVAL_SAMPLES = 16
+
+
+def measure(scheme: str, group_size: int | None, method: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as directory:
+        out = quantize(
+            "demo",
+            scheme,
+            group_size=group_size,
+            method=method,
+            out=Path(directory) / "q",
+            eval_samples=EVAL_SAMPLES,
+        )
+        certificate = json.loads((out / "certificate.json").read_text(encoding="utf-8"))
+    found = certificate["evaluations"][0]
+    return {
+        "scheme": scheme,
+        "format": certificate["scheme"]["weights"],
+        "method": method,
+        "bits_per_weight": certificate["size"]["bits_per_weight"],
+        "seconds": certificate["seconds"],
+        "peak_rss_bytes": certificate["peak_rss_bytes"],
+        **{name: found[name] for name in ("perplexity", "reference_perplexity", "kl", "top1", "text")},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", help="one setting, SCHEME:GROUP")
+    only = parser.parse_args().only
+    rows = []
+    for scheme, group_size in SETTINGS:
+        if only and only != f"{scheme}:{group_size}":
+            continue
+        pair = [measure(scheme, group_size, method) for method in ("rtn", "gptq")]
+        ratio = pair[1]["kl"]["mean"] / pair[0]["kl"]["mean"]
+        rows += [pair[0], {**pair[1], "kl_over_rtn": ratio}]
+        for row in pair:
+            kl, perplexity, top1 = row["kl"], row["perplexity"]["mean"], row["top1"]["mean"]
+            print(
+                f"{row['format']:16} {row['method']:5} {row['bits_per_weight']:.2f} bits  "
+                f"KL {kl['mean']:.4f} ± {kl['stderr']:.4f}  perplexity {perplexity:.2f}  top-1 {top1:.3f}  "
+                f"{row['seconds']:.0f} s"
+            )
+        print(f"{'':22} GPTQ / RTN = {ratio:.3f}", flush=True)
+    print(save("quality", {"environment": environment(), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""What a quantization run is, checked before any work is done: `prepare` turns arguments into a `Job`."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewbits.algorithms import METHODS
+from fewbits.algorithms.base import WeightMethod
+from fewbits.calibration.data import TextSpec, TokenSet, pack, read_texts
+from fewbits.checkpoints.base import Source
+from fewbits.checkpoints.source import open_source
+from fewbits.core.errors import BadInput, Unsupported, unknown
+from fewbits.formats import Scheme, parse_scheme
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CHECKPOINT_FORMATS = ("auto", "compressed-tensors", "native")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything that decides the bytes of the output, checked before any work is done."""
+
+    source: Source
+    out: Path
+    scheme: Scheme
+    method_name: str
+    method: WeightMethod
+    sequential: bool
+    ignore: tuple[str, ...]
+    dtype: torch.dtype
+    device: torch.device
+    checkpoint_format: str
+    calibration: TokenSet | None
+    probe: TokenSet | None
+    seed: int
+
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON that two runs share exactly when they compute the same tensors."""
+        return {
+            "journal": 1,
+            "source": self.source.identity,
+            "scheme": [self.scheme.weights.name, self.scheme.activations and self.scheme.activations.name],
+            "method": [self.method_name, repr(self.method), self.sequential],
+            "ignore": list(self.ignore),
+            "dtype": str(self.dtype),
+            "device": self.device.type,
+            "checkpoint_format": self.checkpoint_format,
+            "calibration": self.calibration and self.calibration.sha256,
+            "evaluation": self.probe and self.probe.sha256,
+        }
+
+
+def prepare(
+    out: Path, model: str | Path, scheme_name: str, group_size: int | None, method_name: str,
+    options: dict[str, Any], text: TextSpec, samples: int | None, sequence_length: int | None, seed: int,
+    ignore: tuple[str, ...], dtype_name: str | None, device_name: str | None, checkpoint_format: str,
+    eval_samples: int, sequential: bool,
+) -> Job:  # fmt: skip
+    scheme = parse_scheme(scheme_name, group_size)
+    method = make_method(method_name, options)
+    if checkpoint_format not in CHECKPOINT_FORMATS:
+        raise unknown("checkpoint format", checkpoint_format, CHECKPOINT_FORMATS)
+    if dtype_name is not None and dtype_name not in DTYPES:
+        raise unknown("dtype", dtype_name, DTYPES)
+    device = _device(device_name)
+    for pattern in ignore:
+        compiled(pattern)
+    source = open_source(model)
+    dtype = DTYPES[dtype_name] if dtype_name else source.dtype
+    scheme = dataclasses.replace(scheme, weights=scheme.weights.with_scale_dtype(dtype))
+    if "lm_head" not in ignore and "lm_head.weight" in source.tied():
+        raise Unsupported("lm_head shares its tensor with the embeddings, which stay dense: keep --ignore lm_head")
+    tokenizer = source.load_tokenizer()
+    limit = source.config().get("max_position_embeddings")
+    length = min(512, limit or 512) if sequence_length is None else sequence_length
+    tokens = None
+    if "hessian" in method.statistics:
+        texts, described = read_texts(text)
+        tokens = pack(
+            texts, tokenizer, sequence_length=length, seed=seed, max_length=limit, description=described,
+            samples=_default_samples(source, length) if samples is None else samples,
+        )  # fmt: skip
+    probe = None
+    if eval_samples:
+        texts, described = read_texts(None, split="evaluation")
+        probe = pack(
+            texts, tokenizer, sequence_length=min(512, limit or 512), samples=None, at_most=eval_samples,
+            description=described,
+        )  # fmt: skip
+    return Job(
+        source=source, out=out.absolute(), scheme=scheme, method_name=method_name, method=method,
+        sequential=sequential, ignore=ignore, dtype=dtype, device=device, checkpoint_format=checkpoint_format,
+        calibration=tokens, probe=probe, seed=seed,
+    )  # fmt: skip
+
+
+def _default_samples(source: Source, sequence_length: int) -> int:
+    """Four tokens for every input of the widest linear: fewer leave its Hessian poor, more change little."""
+    sizes = ("hidden_size", "intermediate_size", "moe_intermediate_size")
+    widest = max(int(source.config().get(name) or 0) for name in sizes)
+    return max(16, -(-4 * widest // sequence_length))
+
+
+def make_method(name: str, options: dict[str, Any]) -> WeightMethod:
+    """The method called `name` with `options`; BadInput for one it does not have."""
+    kind = METHODS.get(name)
+    allowed = [field.name for field in dataclasses.fields(kind)]
+    for option in options:
+        if option not in allowed:
+            raise unknown(f"option of method {name}", option, allowed)
+    made: WeightMethod = kind(**options)
+    return made
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BadInput(f"unknown device {name!r}; use cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BadInput(f"device {name!r}: torch sees no GPU; use cpu, or install torch for your GPU")
+    return device
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern))
+    except re.error as error:
+        raise BadInput(f"ignore pattern {pattern!r} is no regular expression: {error}") from error
+
+
+def ignored(name: str, patterns: Iterable[str]) -> bool:
+    return any(compiled(pattern).match(name) for pattern in patterns)
