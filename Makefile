@@ -16,7 +16,7 @@ OUT         ?= fewbits-demo
 PYTEST_ARGS ?=
 
 PY    := $(VENV)/bin/python
-PIP   := $(PY) -m pip install --quiet --disable-pip-version-check --no-input -c requirements.lock
+PIP   := $(PY) -m pip install -qq --no-compile --disable-pip-version-check --no-input -c requirements.lock
 STAMP := $(VENV)/.fewbits-installed
 
 .DEFAULT_GOAL := help

@@ -16,7 +16,7 @@ so a bfloat16 kernel adds no rounding of its own to x.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +27,7 @@ from fewbits.formats import Format, Quantized
 
 # What a kernel keeps between calls. Plain tensors, except where torch wraps a packed weight in its own type.
 Packed = dict[str, Tensor]
+Bound = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,16 @@ class No:
         return f"no: {self.reason}"
 
 
+class Plain:
+    """What a kernel does about `bind` and `join` when it has nothing to gain from them."""
+
+    def bind(self: Kernel, packed: Packed, spec: LinearSpec) -> Bound:
+        return lambda x: self.linear(x, packed, spec)
+
+    def join(self, parts: Sequence[Packed], specs: Sequence[LinearSpec]) -> tuple[Packed, list[Packed]] | None:
+        return None
+
+
 class Kernel(Protocol):
     """A way to multiply by a quantized weight.
 
@@ -93,6 +104,13 @@ class Kernel(Protocol):
 
     def codes(self, packed: Packed, spec: LinearSpec) -> Tensor:
         """Codes, uint8 [out, in], from the packed layout; only where `recovers_codes`."""
+        ...
+
+    def bind(self, packed: Packed, spec: LinearSpec) -> Bound:
+        """`linear` with its decisions made beforehand, for a caller that multiplies often.
+
+        x is [T, in], contiguous and in `input_dtype`; y may be in any float dtype.
+        """
         ...
 
     def join(self, parts: Sequence[Packed], specs: Sequence[LinearSpec]) -> tuple[Packed, list[Packed]] | None:

@@ -14,14 +14,13 @@ give them back exactly. What is small on disk is not small in memory here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from fewbits.formats import Quantized
-from fewbits.kernels.base import LinearSpec, No, Packed, Yes, on_cpu, operator_exists, split_levels
+from fewbits.kernels.base import LinearSpec, No, Packed, Plain, Yes, on_cpu, operator_exists, split_levels
 
 
 def pack_half(weight: Tensor) -> Packed:
@@ -52,7 +51,7 @@ def half_works() -> bool:
         return False
 
 
-class CpuFp16:
+class CpuFp16(Plain):
     name = "cpu_fp16"
     floor_db = 65.0
     input_dtype: torch.dtype | None = torch.float32
@@ -71,9 +70,6 @@ class CpuFp16:
 
     def codes(self, packed: Packed, spec: LinearSpec) -> Tensor:
         raise AssertionError("float16 does not give codes back; see recovers_codes")
-
-    def join(self, parts: Sequence[Packed], specs: Sequence[LinearSpec]) -> None:
-        return None  # FBGEMM's packed type is opaque
 
     def linear(self, x: Tensor, packed: Packed, spec: LinearSpec) -> Tensor:
         rows = x.reshape(-1, spec.shape[1])

@@ -33,6 +33,7 @@ from torch.nn import functional
 
 from fewbits.formats import Quantized
 from fewbits.kernels.base import (
+    Bound,
     LinearSpec,
     No,
     Packed,
@@ -65,7 +66,7 @@ def _layout() -> tuple[int, bool] | None:
     """(rows per block, whether a byte holds adjacent rows) of this build's packing; None: unknown."""
     codes = (torch.arange(128 * 32).reshape(128, 32) * 7 % 16).to(torch.uint8)
     codes = codes ^ (torch.arange(128) % 13).to(torch.uint8)[:, None]
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
+    packed = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
     if packed.dtype != torch.uint8 or packed.numel() != 128 * 16:
         return None
     for block in (32, 64, 16):
@@ -127,7 +128,7 @@ class CpuInt4:
         more = (0, -columns % group, 0, -rows % layout[0])
         codes = functional.pad(weight.codes.int() + (8 - half), more, value=8)
         packed = {
-            "weight": torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2),
+            "weight": torch._convert_weight_to_int4pack_for_cpu(codes, 2),
             "scales": scales_and_offsets(weight, group, layout[0]),
             "scale": weight.scale,
         }
@@ -142,6 +143,20 @@ class CpuInt4:
         assert layout is not None
         columns = 2 * packed["weight"].shape[1]
         return _unpack(packed["weight"][start:stop], columns, *layout) - (8 - (1 << (spec.format.bits - 1)))
+
+    def bind(self, packed: Packed, spec: LinearSpec) -> Bound:
+        weight, scales = packed["weight"], packed["scales"]
+        width = 2 * weight.shape[1]
+        if spec.activations is not None or (weight.shape[0], width) != spec.shape:
+            return lambda x: self.linear(x, packed, spec)
+        group, multiply = width // scales.shape[0], torch._weight_int4pack_mm_for_cpu
+
+        def bound(x: Tensor) -> Tensor:
+            if x.shape[0] < _MANY_ROWS:
+                return multiply(x, weight, group, scales)
+            return self.linear(x, packed, spec)
+
+        return bound
 
     def join(self, parts: Sequence[Packed], specs: Sequence[LinearSpec]) -> tuple[Packed, list[Packed]] | None:
         return joined_rows(parts, specs, {"weight": 0, "scales": 1, "scale": 0, "zero": 0})
@@ -160,7 +175,7 @@ class CpuInt4:
             rows = rows.to(torch.bfloat16)
             if width != columns:
                 rows = functional.pad(rows, (0, width - columns))
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), weight, width // scales.shape[0], scales)
+            y = torch._weight_int4pack_mm_for_cpu(rows.contiguous(), weight, width // scales.shape[0], scales)
             if y.shape[1] != out:
                 y = y[:, :out]
         if token_scale is not None:

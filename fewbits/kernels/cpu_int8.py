@@ -28,6 +28,7 @@ from torch.nn import functional
 
 from fewbits.formats import Quantized
 from fewbits.kernels.base import (
+    Bound,
     LinearSpec,
     No,
     Packed,
@@ -84,6 +85,19 @@ class CpuInt8:
         rows, columns = spec.shape
         return (packed["weight"][:rows, :columns].short() + half).to(torch.uint8)
 
+    def bind(self, packed: Packed, spec: LinearSpec) -> Bound:
+        weight, scale = packed["weight"], packed["scale16"]
+        if spec.activations is not None or "offset" in packed or tuple(weight.shape) != spec.shape:
+            return lambda x: self.linear(x, packed, spec)
+        multiply = torch._weight_int8pack_mm
+
+        def bound(x: Tensor) -> Tensor:
+            if x.shape[0] < _MANY_ROWS:
+                return multiply(x, weight, scale)
+            return self.linear(x, packed, spec)
+
+        return bound
+
     def join(self, parts: Sequence[Packed], specs: Sequence[LinearSpec]) -> tuple[Packed, list[Packed]] | None:
         return joined_rows(parts, specs, {"weight": 0, "scale16": 0, "scale": 0, "offset": 0})
 
@@ -100,7 +114,7 @@ class CpuInt8:
             rows = rows.to(torch.bfloat16)
             if weight.shape[1] != columns:
                 rows = functional.pad(rows, (0, weight.shape[1] - columns))
-            y = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), weight, packed["scale16"])
+            y = torch._weight_int8pack_mm(rows.contiguous(), weight, packed["scale16"])
             if y.shape[1] != out:
                 y = y[:, :out]
         if "offset" in packed:

@@ -8,7 +8,6 @@ product is used instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fewbits.formats import Quantized
-from fewbits.kernels.base import LinearSpec, No, Packed, Yes, affine, operator_exists, split_levels
+from fewbits.kernels.base import LinearSpec, No, Packed, Plain, Yes, affine, operator_exists, split_levels
 from fewbits.kernels.cpu_int4 import kernel_group, scales_and_offsets
 
 _MANY_ROWS = 128
@@ -43,7 +42,7 @@ def _works(device: torch.device) -> bool:
     return torch.equal(y.t().int(), codes - 8)
 
 
-class CudaInt4:
+class CudaInt4(Plain):
     name = "cuda_int4"
     floor_db = 45.0
     input_dtype: torch.dtype | None = torch.bfloat16
@@ -79,9 +78,6 @@ class CudaInt4:
 
     def codes(self, packed: Packed, spec: LinearSpec) -> Tensor:
         return packed["codes"]
-
-    def join(self, parts: Sequence[Packed], specs: Sequence[LinearSpec]) -> None:
-        return None  # tiles span rows
 
     def linear(self, x: Tensor, packed: Packed, spec: LinearSpec) -> Tensor:
         out, columns = spec.shape

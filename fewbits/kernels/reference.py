@@ -10,17 +10,16 @@ of their own. The product is in float32 on a CPU and in x's dtype on other devic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fewbits.formats import Quantized
-from fewbits.kernels.base import LinearSpec, Packed, Yes, split_levels
+from fewbits.kernels.base import LinearSpec, Packed, Plain, Yes, split_levels
 
 
-class Reference:
+class Reference(Plain):
     name = "reference"
     floor_db = 120.0
     input_dtype: torch.dtype | None = None
@@ -35,9 +34,6 @@ class Reference:
 
     def codes(self, packed: Packed, spec: LinearSpec) -> Tensor:
         return packed["codes"]
-
-    def join(self, parts: Sequence[Packed], specs: Sequence[LinearSpec]) -> None:
-        return None  # nothing to gain
 
     def linear(self, x: Tensor, packed: Packed, spec: LinearSpec) -> Tensor:
         weight = Quantized(format=spec.format, codes=packed["codes"], scale=packed["scale"], zero=packed.get("zero"))

@@ -13,8 +13,9 @@ At one token a step, a small model spends as long in Python as in arithmetic: tr
 - *Rotation*: with a = first half, b = second half of a head, (a + ib) * exp(i * angle) is one complex
   multiplication. Keys are cached rotated, as interleaved (real, imaginary) pairs; queries are in the same
   order, and a dot product does not mind the order.
-- *Cache*: one float32 tensor per layer, [kv heads, capacity, head size], doubled when full. A prompt that
+- *Cache*: one float32 tensor, [layers, 2, kv heads, capacity, head size], doubled when full. A prompt that
   begins as the last one did keeps the common part: a chat does not read its own history again.
+- *One token on a CPU* goes through runtime/one_row.py, the same computation with every buffer made before.
 - *Head*: on a CPU, float16 with a power of two per row (exact for weights that were bfloat16, 11 bits of
   mantissa for others). A float32 head of 49152 x 576 takes 11 ms a token on 2 cores, bfloat16 4, this 2.3.
 
@@ -35,6 +36,7 @@ from torch.nn import functional
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.kernels import No, Yes
 from fewbits.nn.qlinear import QLinear
+from fewbits.runtime.one_row import OneRow
 from fewbits.runtime.product import Product, product
 
 # Families whose block is exactly the one above, with or without biases and with or without norms on q and k.
@@ -110,7 +112,6 @@ class _Layer:
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.q_norm = None if q_norm is None else q_norm.weight.detach().float()
         self.k_norm = None if k_norm is None else k_norm.weight.detach().float()
-        self.keys = self.values = torch.empty(0)
 
 
 class Engine:
@@ -142,8 +143,16 @@ class Engine:
         self._frequencies = rotary.inv_freq.detach().float()
         self._amplitude = float(rotary.attention_scaling)
         self._scale = float(body.layers[0].self_attn.scaling)
-        self._one_row = self.device.type == "cpu"
-        self._zero = torch.zeros((), device=self.device)
+        self._one_row: OneRow | None = None
+        if self.device.type == "cpu":
+            self._one_row = OneRow(
+                self._layers,
+                heads=self.heads,
+                kv_heads=self.kv_heads,
+                width=self.width,
+                hidden=self._embeddings.shape[1],
+                scale=self._scale,
+            )
         self.tokens: list[int] = []
         self._capacity = 0
         self._reserve(min(capacity, self.limit))
@@ -180,17 +189,24 @@ class Engine:
         start, end = len(self.tokens), len(self.tokens) + len(ids)
         if end > self._capacity:
             self._reserve(min(max(end, 2 * self._capacity), self.limit))
-        h = self._embeddings[ids].float()
-        for layer in self._layers:
-            h = self._block(layer, h, start, end)
+        if len(ids) == 1 and self._one_row is not None:
+            # `float` of a float32 row is a view of the embeddings, and h is written to.
+            h = self._embeddings[ids[0]].to(torch.float32, copy=True)[None]
+            h = self._one_row(h, self._turns[start], self._cache, start)
+        else:
+            h = self._embeddings[ids].float()
+            for index, layer in enumerate(self._layers):
+                h = self._block(layer, h, self._cache[index], start)
         if not every:
             h = h[-1:]
         logits = self._head.apply(self._normed(h, self._norm, self._eps, self._head.dtype)).float()
         self.tokens.extend(ids)
         return logits if every else logits[0]
 
-    def _block(self, layer: _Layer, h: Tensor, start: int, end: int) -> Tensor:
-        rows, heads, kv = end - start, self.heads, self.kv_heads
+    def _block(self, layer: _Layer, h: Tensor, cache: Tensor, start: int) -> Tensor:
+        """h [rows, hidden] of the tokens from `start` on; cache [2, kv heads, capacity, width] of this layer."""
+        rows, heads, kv = h.shape[0], self.heads, self.kv_heads
+        end = start + rows
         x = self._normed(h, layer.norm, layer.eps, layer.qkv.dtype)
         qkv = layer.qkv.apply(x).float().view(rows, heads + 2 * kv, self.width)
         qk = qkv[:, : heads + kv]
@@ -199,9 +215,9 @@ class Engine:
         half = self.width // 2
         turned = torch.complex(qk[..., :half], qk[..., half:]).mul_(self._turns[start:end])
         qk = torch.view_as_real(turned).flatten(-2)
-        layer.keys[:, start:end] = qk[:, heads:].transpose(0, 1)
-        layer.values[:, start:end] = qkv[:, heads + kv :].transpose(0, 1)
-        context = self._attend(qk[:, :heads], layer.keys[:, :end], layer.values[:, :end], start)
+        cache[0, :, start:end] = qk[:, heads:].transpose(0, 1)
+        cache[1, :, start:end] = qkv[:, heads + kv :].transpose(0, 1)
+        context = self._attend(qk[:, :heads], cache[0, :, :end], cache[1, :, :end], start)
         h = h.add_(layer.o.apply(context.to(layer.o.dtype)))
         x = self._normed(h, layer.mlp_norm, layer.eps, layer.gate_up.dtype)
         both = layer.gate_up.apply(x)
@@ -211,11 +227,6 @@ class Engine:
 
     def _normed(self, h: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         """h * rsqrt(mean(h²) + eps) * weight in `dtype`."""
-        if self._one_row and h.shape[0] == 1:
-            # Three small calls instead of the seven that rms_norm makes on a CPU.
-            row = h[0]
-            factor = (float(torch.dot(row, row)) / h.shape[1] + eps) ** -0.5
-            return torch.addcmul(self._zero, h, weight, value=factor).to(dtype)
         return functional.rms_norm(h, (h.shape[1],), weight, eps).to(dtype)
 
     def _head_norms(self, layer: _Layer, qk: Tensor) -> Tensor:
@@ -226,18 +237,16 @@ class Engine:
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
         """queries [rows, heads, width], keys and values [kv heads, end, width] -> [rows, heads * width]."""
         rows, end = queries.shape[0], keys.shape[1]
-        if rows == 1:
-            grouped = queries.view(self.kv_heads, -1, self.width)
-            scores = torch.baddbmm(self._zero, grouped, keys.transpose(1, 2), beta=0, alpha=self._scale)
-            return torch.bmm(torch.softmax(scores, -1), values).view(1, -1)
         # Row i of the new tokens sees the cache and the new tokens up to itself.
-        mask = None if start == 0 else torch.ones(rows, end, dtype=torch.bool, device=self.device).tril(start)
+        mask = None
+        if start and rows > 1:
+            mask = torch.ones(rows, end, dtype=torch.bool, device=self.device).tril(start)
         context = functional.scaled_dot_product_attention(
             queries.transpose(0, 1)[None],
             keys[None],
             values[None],
             attn_mask=mask,
-            is_causal=mask is None,
+            is_causal=mask is None and rows > 1,
             scale=self._scale,
             enable_gqa=self.heads != self.kv_heads,
         )
@@ -245,13 +254,11 @@ class Engine:
 
     def _reserve(self, capacity: int) -> None:
         """Room for `capacity` tokens in the caches and the table of rotations."""
+        grown = torch.empty(len(self._layers), 2, self.kv_heads, capacity, self.width, device=self.device)
         used = len(self.tokens)
-        for layer in self._layers:
-            for name in ("keys", "values"):
-                grown = torch.empty(self.kv_heads, capacity, self.width, device=self.device)
-                if used:
-                    grown[:, :used] = getattr(layer, name)[:, :used]
-                setattr(layer, name, grown)
+        if used:
+            grown[:, :, :, :used] = self._cache[:, :, :, :used]
+        self._cache = grown
         angles = torch.arange(capacity, device=self.device).float()[:, None] * self._frequencies
         amplitude = torch.full_like(angles, self._amplitude)
         self._turns = torch.polar(amplitude, angles)[:, None]

@@ -50,8 +50,7 @@ def _quantized(module: QLinear, dtype: torch.dtype) -> Product:
     packed, spec = module.prepack().packed, module.packed_spec
     assert packed is not None and module.kernel is not None
     kernel = KERNELS.get(module.kernel)
-    linear = kernel.linear
-    apply = _biased(lambda x: linear(x, packed, spec), module.bias)
+    apply = _biased(kernel.bind(packed, spec), module.bias)
     return Product(apply, kernel.input_dtype or dtype, (module.out_features,))
 
 
@@ -106,8 +105,7 @@ def _joined(linears: Sequence[nn.Module], dtype: torch.dtype) -> Product | None:
     packed, views = joined
     for linear, view in zip(linears, views, strict=True):
         linear.adopt(view)
-    bias, linear = _joined_bias(linears), kernel.linear
-    apply = _biased(lambda x: linear(x, packed, whole_spec), bias)
+    apply = _biased(kernel.bind(packed, whole_spec), _joined_bias(linears))
     return Product(apply, kernel.input_dtype or dtype, widths)
 
 
