@@ -10,7 +10,6 @@ of their own. The product is in float32 on a CPU and in x's dtype on other devic
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 from torch.nn import functional
