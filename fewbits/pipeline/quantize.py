@@ -136,9 +136,9 @@ def _run(job: Job, journal: Journal, report: OnProgress, started: float) -> None
         journal.write(index, tensors, records, streams)
         report(Progress("quantize", index + 1, total, _note(records)))
 
-    report(Progress("measure", 0, 1, "held-out text"))
     evaluations = []
     if job.probe is not None:
+        report(Progress("measure", 0, 1, "held-out text"))
         pairs = shell.logit_pairs(_batches(job.probe), streams["original"], streams["quantized"], job.dtype)
         evaluations.append(
             measure(job.method_name, job.out.name, job.source.path, job.probe, pairs, compute, job.device)
