@@ -32,16 +32,20 @@ def read_certificate(directory: Path) -> dict[str, Any]:
 
 
 def add_to_certificate(directory: Path, **lists: list[dict[str, Any]]) -> None:
-    """Extends the lists of that name in the certificate; an entry equal to an earlier one replaces it.
+    """Extends the lists of that name in the certificate, and rewrites the model card from it.
 
-    Equal means: the same label, text and kind of measurement (an evaluation), or the same prompt (a sample).
+    An entry equal to an earlier one replaces it. Equal means: the same label, text and kind of measurement (an
+    evaluation), or the same prompt (a sample).
     """
+    from fewbits.pipeline.output import write_card  # brings torch: not for `fewbits --help`
+
     certificate = read_certificate(directory)
     for name, entries in lists.items():
         keys = [_key(entry) for entry in entries]
         kept = [entry for entry in certificate.get(name, []) if _key(entry) not in keys]
         certificate[name] = [*kept, *entries]
     write_json(directory / NAME, certificate)
+    write_card(directory, certificate)
 
 
 def _key(entry: dict[str, Any]) -> tuple[Any, ...]:

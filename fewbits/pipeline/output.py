@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbits.algorithms import METHODS
 from fewbits.checkpoints.base import Source
 from fewbits.checkpoints.safetensors_file import SafetensorsFile, write_stream
 from fewbits.core.errors import BadInput
@@ -160,7 +161,14 @@ def write_card(directory: Path, certificate: dict[str, Any]) -> None:
         "| against the original | value |",
         "|---|---|",
     ]
-    for found in certificate["evaluations"]:
+    method = certificate["method"]["name"]
+    # A certificate may hold other methods' rows beside its own, to compare with; the card is about this one.
+    measured = [
+        found
+        for found in certificate["evaluations"]
+        if found["kl"] and (found["what"] == method or found["what"] not in METHODS)
+    ]
+    for found in measured:
         kl, top1, before = found["kl"], found["top1"], found["reference_perplexity"]
         lines += [
             f"| text | {found['text']['description']}, {found['text']['tokens']} tokens |",
@@ -168,7 +176,7 @@ def write_card(directory: Path, certificate: dict[str, Any]) -> None:
             f"| perplexity | {found['perplexity']['mean']:.3f} (original {before['mean']:.3f}) |",
             f"| top-1 agreement | {100 * top1['mean']:.1f} % |",
         ]
-    if not certificate["evaluations"]:
+    if not measured:
         lines.append("| measured | no: quantized with evaluation switched off |")
     native = certificate["checkpoint_format"] == "fewbits"
     lines += ["", "## Loading", "", "```python"]
@@ -176,7 +184,7 @@ def write_card(directory: Path, certificate: dict[str, Any]) -> None:
         lines += ["import fewbits  # registers the format with transformers"]
     lines += [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f'model = AutoModelForCausalLM.from_pretrained("{directory.name if directory.name != "final" else "."}")',
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")',
         "```",
         "",
         "`certificate.json` records how it was made and what was measured.",

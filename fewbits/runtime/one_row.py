@@ -2,7 +2,7 @@
 
 A call into torch costs 2 to 5 microseconds whatever it computes, and the products of a small model take
 tens. So nothing here is allocated or sliced that could have been before: buffers, and all views of them,
-are made once; a layer is 22 calls.
+are made once; a layer is 20 calls.
 
     buffer   [q heads | k heads | v heads] x head size, float32: the joined projection is copied in, and the
              rotated q and k are written back over themselves as (real, imaginary) pairs
@@ -36,7 +36,8 @@ class OneRow:
         halves = turned.view(heads + kv_heads, 2, width // 2)
         self._real, self._imaginary = halves[:, 0], halves[:, 1]
         self._turned = torch.view_as_complex(turned.view(heads + kv_heads, width // 2, 2))
-        self._queries = buffer[: heads * width].view(kv_heads, -1, width)
+        self._queries = buffer[: heads * width].view(1, heads, 1, width)
+        self._grouped = heads != kv_heads
         self._by_head = turned.view(heads + kv_heads, width)
         self._heads = heads
         self._keys_values = buffer[heads * width :].view(2, kv_heads, width)
@@ -53,8 +54,13 @@ class OneRow:
         row = h.view(-1)
         slots = cache.select(3, position).unbind(0)
         seen = cache.narrow(3, 0, position + 1)
-        every_key, every_value = seen.select(1, 0).transpose(2, 3).unbind(0), seen.select(1, 1).unbind(0)
-        zero, queries, scale = self._zero, self._queries, self._scale
+        keys, values = seen.select(1, 0).unsqueeze(1).unbind(0), seen.select(1, 1).unsqueeze(1).unbind(0)
+        attend, queries, scale, grouped = (
+            functional.scaled_dot_product_attention,
+            self._queries,
+            self._scale,
+            self._grouped,
+        )
         for index, layer in enumerate(self._layers):
             x = self._normed(h, row, layer.norm, layer.eps, layer.qkv.dtype)
             self._buffer.copy_(layer.qkv.apply(x))
@@ -62,8 +68,8 @@ class OneRow:
                 self._norm_heads(layer)
             torch.mul(torch.complex(self._real, self._imaginary), turn, out=self._turned)
             slots[index].copy_(self._keys_values)
-            scores = torch.baddbmm(zero, queries, every_key[index], beta=0, alpha=scale)
-            context = torch.bmm(torch.softmax(scores, -1), every_value[index]).view(1, -1)
+            context = attend(queries, keys[index], values[index], scale=scale, enable_gqa=grouped)
+            context = context.view(1, -1)
             if layer.o.dtype != torch.float32:
                 context = self._contexts[layer.o.dtype].copy_(context)
             h.add_(layer.o.apply(context))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -115,6 +117,46 @@ def test_codes_come_back(kernel: str, name: str, shape: tuple[int, int]) -> None
     found, weight = KERNELS.get(kernel), quantized(name, shape)
     if found.recovers_codes:
         assert torch.equal(found.codes(found.prepack(weight), spec_for(weight)), weight.codes)
+
+
+@pytest.mark.parametrize(("kernel", "name", "shape"), CASES)
+def test_the_bound_product_is_the_product(kernel: str, name: str, shape: tuple[int, int]) -> None:
+    found, weight = KERNELS.get(kernel), quantized(name, shape)
+    packed, spec = found.prepack(weight), spec_for(weight)
+    bound = found.bind(packed, spec)
+    for rows in (1, 3, 200):
+        x = torch.randn(rows, shape[1]).to(found.input_dtype or torch.float32)
+        torch.testing.assert_close(bound(x).to(x.dtype), found.linear(x, packed, spec))
+
+
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+@pytest.mark.parametrize("name", ["int4-asym-g64", "int3-channel", "int8-asym-channel", "int4-tensor", "nf4-g64"])
+@pytest.mark.parametrize("heights", [(64, 32, 96), (64, 40)])
+def test_joined_weights_are_the_parts_on_top_of_each_other(kernel: str, name: str, heights: tuple[int, ...]) -> None:
+    found = KERNELS.get(kernel)
+    weights = [quantized(name, (height, 128)) for height in heights]
+    specs = [spec_for(weight) for weight in weights]
+    if not found.accepts(specs[0]):
+        return
+    joined = found.join([found.prepack(weight) for weight in weights], specs)
+    if joined is None:
+        return
+    whole, views = joined
+    spec = dataclasses.replace(specs[0], shape=(sum(heights), 128))
+    for rows in (1, 200):
+        x = torch.randn(rows, 128)
+        parts = [found.linear(x, found.prepack(w), s) for w, s in zip(weights, specs, strict=True)]
+        torch.testing.assert_close(found.linear(x, whole, spec), torch.cat(parts, 1))
+        for view, one, part in zip(views, specs, parts, strict=True):
+            torch.testing.assert_close(found.linear(x, view, one), part)
+    assert views[1]["weight"].untyped_storage().data_ptr() == whole["weight"].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("kernel", ["cpu_int4", "cpu_int8"])
+def test_integer_kernels_join(kernel: str) -> None:
+    found, weights = KERNELS.get(kernel), [quantized("int4-channel", (64, 128))] * 2
+    packs, specs = [found.prepack(weight) for weight in weights], [spec_for(weight) for weight in weights]
+    assert found.join(packs, specs) is not None
 
 
 @pytest.mark.parametrize("kernel", CPU_KERNELS)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import typer
+from fake_certificate import fake_certificate
 from typer.testing import CliRunner, Result
 
 import fewbits
@@ -198,6 +199,7 @@ def test_kernels_say_what_runs_and_why_the_others_do_not() -> None:
 class _Result:
     def to_dict(self) -> dict[str, Any]:
         return {
+            "what": "m",
             "perplexity": {"mean": 27.5, "stderr": 1.5},
             "reference_perplexity": {"mean": 20.25, "stderr": None},
             "kl": {"mean": 0.25, "stderr": 0.0125, "median": 0.125, "p99": 0.5},
@@ -240,11 +242,17 @@ def test_eval_prints_a_table_with_error_bars(evaluation: list[dict[str, Any]]) -
 
 
 def test_eval_certify_adds_and_replaces(evaluation: list[dict[str, Any]], tmp_path: Path) -> None:
-    (tmp_path / "certificate.json").write_text('{"evaluations": [{"what": "other", "text": {"sha256": "ff"}}]}')
+    certificate = fake_certificate(blocks=1)
+    certificate["evaluations"] = [
+        {**certificate["evaluations"][0], "what": "other", "text": {"sha256": "ff"}, "kl": None}
+    ]
+    certificate["checkpoint_format"] = "fewbits"
+    (tmp_path / "certificate.json").write_text(json.dumps(certificate))
     for _ in range(2):
         assert run("eval", str(tmp_path), "--against", "demo", "--certify").exit_code == 0
     kept = read_certificate(tmp_path)["evaluations"]
     assert [entry["text"]["sha256"] for entry in kept] == ["ff", "0a"]
+    assert "0.2500" in (tmp_path / "README.md").read_text(), "the model card is written anew"
 
 
 def test_certificate_that_is_damaged_is_named(tmp_path: Path) -> None:
