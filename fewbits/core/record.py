@@ -45,7 +45,10 @@ def cpu_model() -> str:
 
 def command() -> str:
     """The command line of this process, shortened to the program's name and its arguments."""
-    return shlex.join([os.path.basename(sys.argv[0] or "python"), *sys.argv[1:]])
+    program = Path(sys.argv[0] or "python")
+    # `python -m fewbits` runs fewbits/__main__.py
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    return shlex.join([name, *sys.argv[1:]])
 
 
 def environment() -> dict[str, Any]:
