@@ -236,6 +236,10 @@ def tokenise(texts: Iterable[str], tokenizer: Any) -> tuple[list[int], list[int]
     opening = list(tokenizer("a", add_special_tokens=True)["input_ids"])
     bos_id, eos_id = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
     bos = [bos_id] if bos_id is not None and opening[:1] == [bos_id] else []
+    # The stream is cut into windows below; transformers' warning that a document is longer than the model's context
+    # would be about nothing. This is where it remembers having warned.
+    if (warned := getattr(tokenizer, "deprecation_warnings", None)) is not None:
+        warned["sequence-length-is-longer-than-the-specified-maximum"] = True
     stream: list[int] = []
     for text in texts:
         if ids := tokenizer(text, add_special_tokens=False)["input_ids"]:
