@@ -32,6 +32,7 @@ from fewbits.algorithms.base import Solved, proxy_loss
 from fewbits.algorithms.clipping import RangeSearch
 from fewbits.core.errors import BadInput, FewbitsError
 from fewbits.formats import Format, Quantized
+from fewbits.formats.scales import State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +79,14 @@ class GPTQ:
         if self.act_order:
             order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         upper, notes = self.factor(hessian[order][:, order], name)
+        format = format.fitted(weight, hessian.diagonal())
         params = self._params(weight, format, hessian) if self._static(format) else None
         quantized = self._sweep(weight, format, upper.to(weight.dtype), order, params)
         return self._keep_better(weight, format, hessian, quantized, notes, name)
 
     def _static(self, format: Format) -> bool:
-        return self.static_groups or format.scaling.group_size is None
+        # Scales that share something are decided together, before the first column is.
+        return self.static_groups or format.scaling.group_size is None or format.nested
 
     def _params(self, weight: Tensor, format: Format, hessian: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.search is None:
@@ -135,12 +138,14 @@ class GPTQ:
         scales: list[Tensor] = []
         zeros: list[Tensor] = []
         scale_columns = zero_columns = None
+        stored: State = {}
         if params is not None:
-            expanded_scale, expanded_zero = format.expand(*params, columns)
-            compute = expanded_scale.to(weight.dtype).expand(-1, columns)
-            scale_columns = compute.t()[order].contiguous()
+            *params, stored = format.settle(*params)
+            shape = (weight.shape[0], columns)
+            expanded_scale, expanded_zero = format.expand(*params, shape)
+            scale_columns = expanded_scale.to(weight.dtype).expand(shape).t()[order].contiguous()
             if expanded_zero is not None:
-                zero_columns = expanded_zero.expand(-1, columns).t()[order].to(weight.dtype).contiguous()
+                zero_columns = expanded_zero.expand(shape).t()[order].to(weight.dtype).contiguous()
         for start in range(0, columns, self.block_size):
             stop = min(start + self.block_size, columns)
             block = remaining[start:stop]
@@ -168,7 +173,7 @@ class GPTQ:
             params = torch.cat(scales, dim=1), torch.cat(zeros, dim=1) if zeros else None
         restored = torch.empty_like(codes)
         restored[order] = codes
-        return Quantized(format=format, codes=restored.t().contiguous(), scale=params[0], zero=params[1])
+        return format.quantized(restored.t().contiguous(), params[0], params[1], stored)
 
     @staticmethod
     def _current(

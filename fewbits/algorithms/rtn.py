@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewbits.algorithms.base import Solved
 from fewbits.algorithms.clipping import RangeSearch
-from fewbits.formats import Format, Quantized
+from fewbits.formats import Format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,5 @@ class RTN:
         if self.search is None:
             return Solved(quantized=format.quantize(weight, name))
         format.check(weight, name)
-        scale, zero = self.search.params(weight, format)
-        codes = format.encode(weight, *format.expand(scale, zero, weight.shape[1]))
-        return Solved(quantized=Quantized(format=format, codes=codes, scale=scale, zero=zero))
+        format = format.fitted(weight)
+        return Solved(quantized=format.quantize_with(weight, *self.search.params(weight, format)))

@@ -26,6 +26,8 @@ from fewbits.checkpoints.base import Source
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.formats import Format, Quantized, parse_format
 from fewbits.formats import bits as packing
+from fewbits.formats.elements import ELEMENTS, UNSIGNED
+from fewbits.formats.scales import PlainScale
 
 QUANT_METHOD = "compressed-tensors"
 _VERSION = "0.20.0"
@@ -39,11 +41,17 @@ class DecodedModule:
     activations: Format | None = None
 
 
+# What its presets can name: integers of the full range, and E4M3.
+_GRIDS = (*(ELEMENTS[f"int{bits}"] for bits in range(2, 9)), *UNSIGNED.values(), ELEMENTS["fp8_e4m3"])
+
+
 def refuses(format: Format, activations: Format | None, shape: tuple[int, int]) -> str | None:
     """Why compressed-tensors cannot say this layer, or None if it can."""
     scaling, kind = format.scaling, format.grid.kind
-    if kind == "table" or format.grid.name in ("fp8_e5m2", "fp4_e2m1"):
-        return f"it has no {format.grid.name} with these scales"
+    if format.grid not in _GRIDS or not isinstance(scaling.store, PlainScale):
+        return f"it has no {format.name}"
+    if scaling.block == "tile":
+        return f"fewbits writes no tiles of {scaling.group_size} in it"
     if scaling.block == "group" and scaling.group_size and shape[1] % scaling.group_size:
         return f"groups of {scaling.group_size} do not divide the input dimension {shape[1]}"
     if kind == "float" and scaling.block == "group":

@@ -3,8 +3,11 @@
 Per quantized linear `M` of shape [out, in] in a format of b bits:
 
     M.codes   uint8 [out, ceil(in*b/8)]     canonical packing (formats/bits.py), a row starts on a byte
-    M.scale   [out, G], [out, 1] or [1, 1]  in the scale dtype that config.json names
+    M.scale   [rows, G]                     as the format's scale store says: a float in the dtype that
+                                            config.json names, E8M0 or dynamic codes in uint8, E4M3
+    M.scale_outer, M.scale_range, ...       what a nested store needs besides (formats/scales.py)
     M.zero    uint8 [rows, ceil(G*b/8)]     only with a zero point; canonical packing
+    M.levels  float32 [2**b]                only with a codebook fitted to the tensor
     M.bias    [out]                         as in the source
 
     "quantization_config": {"quant_method": "fewbits", "version": 1,
@@ -71,11 +74,11 @@ def read_modules(config: dict[str, Any]) -> dict[str, tuple[Format, Format | Non
 
 def decode(source: Source, module: str, format: Format, shape: tuple[int, int]) -> Quantized:
     """Reads one linear back as codes."""
-    state = {"codes": source.tensor(f"{module}.codes"), "scale": source.tensor(f"{module}.scale")}
-    if format.scaling.zero_point:
-        state["zero"] = source.tensor(f"{module}.zero")
-    if tuple(state["codes"].shape)[:1] != shape[:1] or not bool(torch.isfinite(state["scale"]).all()):
-        raise BadInput(
-            f"{module}: codes or scales do not fit shape {shape} or are not finite: the checkpoint is damaged"
-        )
-    return Quantized.from_state(format, shape, state)
+    state = {name: source.tensor(f"{module}.{name}") for name in format.layout(shape)}
+    try:
+        weight = Quantized.from_state(format, shape, state)
+    except BadInput as error:
+        raise BadInput(f"{module}: {error}: the checkpoint is damaged") from error
+    if not bool(torch.isfinite(weight.scale.float()).all()):
+        raise BadInput(f"{module}: its scales are not finite: the checkpoint is damaged")
+    return weight

@@ -1,16 +1,24 @@
 """A format is a grid times a scaling.
 
-    value = (level[code] - zero) * scale
+    value = (level[code] - zero) * scale          or, with a minimum,   level[code] * scale - minimum
 
 The grid says which levels a code can name; the scaling says which block of the tensor shares a scale and
-how that scale is stored. `Format.snap(x, scale, zero)` on any slice is all that round-to-nearest, GPTQ,
-or quantization-aware training needs.
+how that scale is stored (scales.py). `Format.snap(x, scale, zero)` on any slice is all that round-to-nearest,
+GPTQ, or quantization-aware training needs.
 
 Layout. A weight is [out, in]; blocks run along the input dimension. Scales are [out, G] for groups
 (column c belongs to group c // group_size, so the last group is shorter when group_size does not divide
-in), [out, 1] per channel (or token), [1, 1] per tensor. Zero points have the scales' shape, are integers
-in the grid's own range and stored as uint8. Scales are rounded to the dtype they are stored in *before*
-anything is snapped: what is decoded later is what was optimised.
+in), [out, 1] per channel (or token), [1, 1] per tensor, [ceil(out/128), ceil(in/128)] for 128 x 128 tiles.
+Zero points have the scales' shape, are integers in the grid's own range and stored as uint8; minima (GGUF's
+K-quants) are real and stored as their format says.
+
+Scales are rounded to what is stored *before* anything is snapped: what is decoded later is what was
+optimised. `params` and `params_from_range` round what can be rounded block by block; `settle` does the rest,
+once, for stores whose scales share something (double quantization, E4M3 under an outer scale). A method that
+chooses ranges itself calls them in that order, then `encode` with the settled scales.
+
+A format with `fit` (Lloyd-Max codebooks) first becomes the format of one tensor: its grid is computed from
+the data and stored beside the codes.
 
 Trade-off: a smaller block follows the data more closely and costs more bits: group 64 with a 16-bit scale
 adds 0.25 bit per weight, with a 4-bit zero point 0.3125.
@@ -19,7 +27,8 @@ adds 0.25 bit per weight, with a 4-bit zero point 0.3125.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,18 +36,35 @@ from torch import Tensor
 from fewbits.core.errors import BadInput
 from fewbits.formats import bits as packing
 from fewbits.formats.grid import Grid
+from fewbits.formats.scales import Layout, PlainScale, ScaleStore, State
 
-_SCALE_BITS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 16}
+_SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_CHUNK = 1 << 18  # elements worked on at once: a few passes over them stay in a core's cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """Which block shares a scale (`block`: tensor, channel, token or group) and how it is stored."""
+    """Which block shares a scale (`block`: tensor, channel, token, group or tile) and how it is stored.
+
+    group_size: columns per group, or the side of a square tile.  zero_point: integer, in the grid's range.
+    minimum: a real offset per block instead, subtracted from the scaled level.
+    """
 
     block: str
     group_size: int | None = None
     zero_point: bool = False
-    scale_dtype: torch.dtype = torch.float32
+    minimum: bool = False
+    store: ScaleStore = field(default_factory=PlainScale)
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype scales are computed with: their stored one, or float32 where storage is not a float."""
+        return self.store.dtype if isinstance(self.store, PlainScale) else torch.float32
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether each row is quantized as if it were alone, so that rows may be stacked and taken apart."""
+        return self.block in ("channel", "token", "group") and not self.store.nested
 
     def groups(self, in_features: int) -> int:
         """How many blocks lie along a row of `in_features`."""
@@ -51,12 +77,17 @@ class Scaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """A quantized matrix: codes uint8 [out, in] (one per byte), scale, zero, and the format that reads them."""
+    """A quantized matrix: codes uint8 [out, in] (one per byte), scale, zero, and the format that reads them.
+
+    `scale` and `zero` are what is computed with; `stored` is how a nested store writes them (see `Format.settle`),
+    empty where scale and zero are stored as they are.
+    """
 
     format: Format
     codes: Tensor
     scale: Tensor
     zero: Tensor | None = None
+    stored: State = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -64,80 +95,130 @@ class Quantized:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values the codes stand for, [out, in]; computed in float32, then cast."""
-        scale, zero = self.format.expand(self.scale, self.zero, self.shape[1])
-        return self.format.decode(self.codes, scale, zero).to(dtype)
+        out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        format = self.format
+        for rows, scale, zero in format.row_chunks(self.shape, self.scale, self.zero):
+            out[rows] = format.decode(self.codes[rows], scale, zero)
+        return out
 
-    def to_state(self) -> dict[str, Tensor]:
-        """Canonical storage: `codes` (and `zero`) packed at true density, `scale` in its stored dtype."""
-        state = {"codes": packing.pack(self.codes, self.format.bits), "scale": self.scale}
-        if self.zero is not None:
-            state["zero"] = packing.pack(self.zero, self.format.bits)
-        return state
+    def to_state(self) -> State:
+        """Canonical storage: `codes` (and `zero`) packed at true density, scales as their store writes them."""
+        state = {"codes": packing.pack(self.codes, self.format.bits)}
+        return {**state, **(self.stored or self.format.settle(self.scale, self.zero)[2])}
 
     @staticmethod
-    def from_state(format: Format, shape: tuple[int, int], state: dict[str, Tensor]) -> Quantized:
-        """The inverse of `to_state`; raises BadInput where shapes do not fit."""
-        scale = state["scale"]
-        expected = format.parameter_shape(shape)
-        if tuple(scale.shape) != expected:
-            raise BadInput(f"scale of shape {tuple(scale.shape)}; {format.name} on {shape} has {expected}")
-        zero = None
-        if format.scaling.zero_point:
-            zero = packing.unpack(state["zero"], format.bits, expected[1])
+    def from_state(format: Format, shape: tuple[int, int], state: State) -> Quantized:
+        """The inverse of `to_state`; raises BadInput where shapes or dtypes do not fit."""
+        if isinstance(format.scaling.store, PlainScale):
+            format = format.with_scale_dtype(state["scale"].dtype)
+        for name, (expected, dtype) in format.layout(shape).items():
+            found = state[name]
+            if tuple(found.shape) != expected or found.dtype != dtype:
+                raise BadInput(
+                    f"{name} is {found.dtype} {tuple(found.shape)}; {format.name} on {shape} has {dtype} {expected}"
+                )
+        format = format.fitted_from(state)
+        scale, zero = format.unsettle(shape, state)
+        nested = format.nested or format.fit
         return Quantized(
-            format=format.with_scale_dtype(scale.dtype),
+            format=format,
             codes=packing.unpack(state["codes"], format.bits, shape[1]),
             scale=scale,
             zero=zero,
+            stored={name: tensor for name, tensor in state.items() if name != "codes"} if nested else {},
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A data type for tensors: `grid` x `scaling`, under the `name` that `parse_format` reads."""
+    """A data type for tensors: `grid` x `scaling`, under the `name` that `parse_format` reads.
+
+    fit: the grid is computed per tensor (`fitted`); `grid` is then the one to begin with.
+    """
 
     name: str
     grid: Grid
     scaling: Scaling
+    fit: bool = False
 
     @property
     def bits(self) -> int:
         """Bits per code, scales not counted."""
         return self.grid.bits
 
+    @property
+    def nested(self) -> bool:
+        """Whether scales must be settled for the whole tensor before anything is snapped."""
+        return self.scaling.store.nested
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether each row is quantized as if it were alone, so that rows may be stacked and taken apart."""
+        return self.scaling.rowwise and not self.fit
+
     def with_scale_dtype(self, dtype: torch.dtype) -> Format:
-        """This format with scales stored as `dtype` (float32, float16 or bfloat16)."""
-        if dtype not in _SCALE_BITS:
-            allowed = ", ".join(str(d).removeprefix("torch.") for d in _SCALE_BITS)
+        """This format with plain scales stored as `dtype` (float32, float16 or bfloat16).
+
+        A format that says itself how its scales are stored (E8M0, ...) stays as it is.
+        """
+        if dtype not in _SCALE_DTYPES:
+            allowed = ", ".join(str(d).removeprefix("torch.") for d in _SCALE_DTYPES)
             raise BadInput(f"scales cannot be stored as {dtype}; allowed: {allowed}")
-        return dataclasses.replace(self, scaling=dataclasses.replace(self.scaling, scale_dtype=dtype))
+        if not isinstance(self.scaling.store, PlainScale):
+            return self
+        return dataclasses.replace(self, scaling=dataclasses.replace(self.scaling, store=PlainScale(dtype)))
 
     def parameter_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Shape of scale and zero for a matrix of `shape`."""
-        rows = 1 if self.scaling.block == "tensor" else shape[0]
+        block, size = self.scaling.block, self.scaling.group_size
+        rows = 1 if block == "tensor" else shape[0]
+        if block == "tile":
+            assert size is not None
+            rows = -(-shape[0] // size)
         return rows, self.scaling.groups(shape[1])
 
-    def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """Stored bits per element of a matrix of `shape`: codes, scales and zero points."""
+    def layout(self, shape: tuple[int, int]) -> Layout:
+        """Name -> (shape, dtype) of the tensors `Quantized.to_state` gives for a matrix of `shape`."""
         rows, groups = self.parameter_shape(shape)
-        each = _SCALE_BITS[self.scaling.scale_dtype] + (self.bits if self.scaling.zero_point else 0)
-        return self.bits + rows * groups * each / (shape[0] * shape[1])
+        found: Layout = {"codes": ((shape[0], packing.packed_length(shape[1], self.bits)), torch.uint8)}
+        found.update(self.scaling.store.layout(rows, groups))
+        if self.scaling.zero_point:
+            found["zero"] = ((rows, packing.packed_length(groups, self.bits)), torch.uint8)
+        if self.fit:
+            found["levels"] = ((1 << self.bits,), torch.float32)
+        return found
+
+    def bits_per_weight(self, shape: tuple[int, int]) -> float:
+        """Stored bits per element of a matrix of `shape`: codes, scales, zero points, codebook."""
+        total = float(self.bits * shape[0] * shape[1])
+        for name, (size, dtype) in self.layout(shape).items():
+            if name == "zero":  # counted without the padding of its last byte
+                rows, groups = self.parameter_shape(shape)
+                total += self.bits * rows * groups
+            elif name != "codes":
+                total += 8 * dtype.itemsize * torch.Size(size).numel()
+        return total / (shape[0] * shape[1])
 
     def check(self, w: Tensor, name: str = "weight") -> None:
         """Raises BadInput naming the tensor if `w` is no finite matrix that this format's blocks fit."""
-        if w.dim() != 2 or not w.numel():
-            raise BadInput(f"{name}: shape {tuple(w.shape)}; a non-empty matrix [out, in] is needed")
-        size = self.scaling.group_size
-        if size is not None and size > w.shape[1]:
-            raise BadInput(f"{name}: group size {size} is larger than its input dimension {w.shape[1]}")
+        self.check_shape(w, name)
         if not bool(torch.isfinite(w).all()):
             bad = int((~torch.isfinite(w)).sum())
             raise BadInput(f"{name}: {bad} of {w.numel()} values are NaN or infinite; repair the source tensor")
 
-    def blocks(self, w: Tensor) -> Tensor:
-        """`w` [out, in] as [rows, G, width] with the short last block padded by repeating its last column.
+    def check_shape(self, w: Tensor, name: str = "weight") -> None:
+        """The part of `check` that reads no values."""
+        if w.dim() != 2 or not w.numel():
+            raise BadInput(f"{name}: shape {tuple(w.shape)}; a non-empty matrix [out, in] is needed")
+        size = self.scaling.group_size
+        if size is not None and self.scaling.block == "group" and size > w.shape[1]:
+            raise BadInput(f"{name}: group size {size} is larger than its input dimension {w.shape[1]}")
 
-        Repeating a value changes neither a block's minimum nor its maximum.
+    def blocks(self, w: Tensor) -> Tensor:
+        """`w` [out, in] as [rows, G, elements of a block]; rows and G as in `parameter_shape`.
+
+        Short blocks at the edges are padded by repeating their last row or column, which changes neither a
+        block's minimum nor its maximum.
         """
         rows = w.shape[0]
         if self.scaling.block == "tensor":
@@ -146,25 +227,30 @@ class Format:
         missing = self.scaling.groups(w.shape[1]) * width - w.shape[1]
         if missing:
             w = torch.cat([w, w[:, -1:].expand(rows, missing)], dim=1)
-        return w.reshape(rows, -1, width)
+        if self.scaling.block != "tile":
+            return w.reshape(rows, -1, width)
+        if rows % width:
+            w = torch.cat([w, w[-1:].expand(-rows % width, -1)])
+        tiles = w.reshape(w.shape[0] // width, width, w.shape[1] // width, width)
+        return tiles.transpose(1, 2).flatten(2)
 
     def params_from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale (in its stored dtype) and zero (uint8 or None) covering [low, high] per block.
+        """Scale (rounded as far as its store can alone) and zero (uint8 or None) covering [low, high] per block.
 
         Zero is always representable: the range is widened to include it. An empty range gives scale 1.
         Raises BadInput where a scale overflows its stored dtype.
         """
-        levels, dtype = self.grid.levels, self.scaling.scale_dtype
+        levels = self.grid.levels
         low, high = low.clamp(max=0).float(), high.clamp(min=0).float()
         if self.scaling.zero_point:
-            raw = (high - low) / (levels[-1] - levels[0])
+            top = levels[-1] - levels[0]
+            raw = (high - low) / top
         else:
-            raw = torch.maximum(-low, high) / self.grid.top
-        # A block too small for the stored dtype would get scale 0 and decode to 0/0.
-        scale = raw.clamp(min=torch.finfo(dtype).tiny).to(dtype)
-        scale = torch.where(raw == 0, torch.ones_like(scale), scale)
-        if not bool(torch.isfinite(scale).all()):
-            raise BadInput(f"a scale of {float(raw.max()):.3g} overflows {dtype}: store scales as bfloat16 or float32")
+            top = self.grid.top
+            raw = torch.maximum(-low, high) / top
+        scale = self.scaling.store.round(raw, top)
+        if not self.nested:  # a nested store decides itself, knowing the other scales
+            scale = torch.where(raw == 0, torch.ones_like(scale), scale)
         if not self.scaling.zero_point:
             return scale, None
         zero = torch.round(-low / scale.float()).clamp_(levels[0], levels[-1])
@@ -175,13 +261,85 @@ class Format:
         low, high = torch.aminmax(self.blocks(w), dim=-1)
         return self.params_from_range(low, high)
 
-    def expand(self, scale: Tensor, zero: Tensor | None, in_features: int) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero per column: [rows, G] -> [rows, in] (or [rows, 1] where one block spans the row)."""
+    def settle(self, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None, State]:
+        """Scale and zero as they will be read back, and the tensors that store them (all but `codes`)."""
+        scale, state = self.scaling.store.settle(scale)
+        if zero is not None:
+            state["zero"] = packing.pack(zero, self.bits)
+        if self.fit:
+            levels = torch.tensor(self.grid.levels, device=scale.device)
+            state["levels"] = torch.cat([levels, levels[-1:].expand((1 << self.bits) - len(levels))])
+        return scale, zero, state
+
+    def unsettle(self, shape: tuple[int, int], state: State) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero of a matrix of `shape` from the tensors that `settle` gave."""
+        rows, groups = self.parameter_shape(shape)
+        zero = packing.unpack(state["zero"], self.bits, groups) if self.scaling.zero_point else None
+        return self.scaling.store.value(state, rows, groups), zero
+
+    def fitted(self, w: Tensor, importance: Tensor | None = None) -> Format:
+        """This format with its grid fitted to `w` [out, in]; itself where nothing is to be fitted.
+
+        importance: weight of each column's squared error, [in].
+        """
+        if not self.fit:
+            return self
+        from fewbits.formats import lloyd_max
+
+        low, high = torch.aminmax(self.blocks(w), dim=-1)
+        scale = torch.maximum(-low, high).float()
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        scaled = w.float() / self.expand(scale, None, (w.shape[0], w.shape[1]))[0]
+        weights = None if importance is None else importance.expand_as(w).flatten()
+        levels = lloyd_max.fit(scaled.flatten(), 1 << self.bits, weights)
+        return self.with_levels(levels)
+
+    def with_levels(self, levels: tuple[float, ...]) -> Format:
+        """This format with another table of levels; zero is always one of them."""
+        nearest = min(range(len(levels)), key=lambda i: abs(levels[i]))
+        exact = sorted({*levels[:nearest], 0.0, *levels[nearest + 1 :]})
+        single = torch.tensor(exact).tolist()  # as stored: float32
+        return dataclasses.replace(self, grid=Grid(self.grid.name, self.bits, tuple(single)))
+
+    def fitted_from(self, state: State) -> Format:
+        """This format with the grid that `state` holds, where it holds one."""
+        if not self.fit:
+            return self
+        levels = state["levels"]
+        if not bool(torch.isfinite(levels).all()) or not bool((levels.diff() >= 0).all()):
+            raise BadInput(f"{self.name}: the codebook is not finite and ascending: the checkpoint is damaged")
+        return dataclasses.replace(self, grid=Grid(self.grid.name, self.bits, tuple(levels.unique().tolist())))
+
+    def expand(self, scale: Tensor, zero: Tensor | None, shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero per element of a matrix of `shape`, or broadcasting against it ([out, 1], [1, 1])."""
         size = self.scaling.group_size
         if size is None:
             return scale, zero
-        column = torch.arange(in_features, device=scale.device) // size
-        return scale[:, column], None if zero is None else zero[:, column]
+        column = torch.arange(shape[1], device=scale.device) // size
+        spread = scale[:, column], None if zero is None else zero[:, column]
+        if self.scaling.block != "tile":
+            return spread
+        row = torch.arange(shape[0], device=scale.device) // size
+        return spread[0][row], None if spread[1] is None else spread[1][row]
+
+    def row_chunks(
+        self, shape: tuple[int, int], scale: Tensor, zero: Tensor | None
+    ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Slices of rows, each with its scale and zero per element: small enough for a cache."""
+        step = max(1, _CHUNK // shape[1])
+        size = self.scaling.group_size
+        if self.scaling.block == "tile":
+            assert size is not None
+            step = -(-step // size) * size
+        for start in range(0, shape[0], step):
+            stop = min(start + step, shape[0])
+            here = slice(start, stop)
+            if self.scaling.block == "tensor":
+                here = slice(None)
+            elif self.scaling.block == "tile" and size is not None:
+                here = slice(start // size, -(-stop // size))
+            part = None if zero is None else zero[here]
+            yield slice(start, stop), *self.expand(scale[here], part, (stop - start, shape[1]))
 
     def encode(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Codes (uint8) of `x`; scale and zero broadcast against it."""
@@ -189,20 +347,23 @@ class Format:
 
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values of `codes`; scale and zero broadcast against them."""
-        levels = self.grid.value(codes, dtype)
-        if zero is not None:
-            levels = levels - zero.to(dtype)
-        return levels * scale.to(dtype)
+        return self._valued(self.grid.value(codes, dtype), scale, zero)
 
     def snap(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """`x` moved to the nearest value the format can say, elementwise; equals decode(encode(x)) bit for bit."""
-        levels = self.grid.snap(self._scaled(x, scale, zero))
-        if zero is not None:
-            levels = levels - zero.to(levels.dtype)
-        return levels * scale.to(levels.dtype)
+        return self._valued(self.grid.snap(self._scaled(x, scale, zero)), scale, zero)
+
+    def _valued(self, levels: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        scale = scale.to(levels.dtype)
+        if zero is None:
+            return levels * scale
+        zero = zero.to(levels.dtype)
+        return levels * scale - zero if self.scaling.minimum else (levels - zero) * scale
 
     def _scaled(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if zero is not None and self.scaling.minimum:
+            return (x.to(dtype) + zero.to(dtype)) / scale.to(dtype)
         scaled = x.to(dtype) / scale.to(dtype)
         # Rounded before the zero point is added: round(x/s) + z. Ties then fall on the even *difference*,
         # so x and the zero point do not interact.
@@ -211,11 +372,24 @@ class Format:
     def quantize(self, w: Tensor, name: str = "weight") -> Quantized:
         """Round-to-nearest of `w` [out, in] with min-max (absmax) ranges. BadInput for non-finite values."""
         self.check(w, name)
-        scale, zero = self.params(w)
-        per_column = self.expand(scale, zero, w.shape[1])
+        format = self.fitted(w)
+        return format.quantize_with(w, *format.params(w))
+
+    def quantize_with(self, w: Tensor, scale: Tensor, zero: Tensor | None) -> Quantized:
+        """`w` [out, in] to nearest with the given parameters, settled first."""
+        scale, zero, stored = self.settle(scale, zero)
+        shape = (w.shape[0], w.shape[1])
+        codes = torch.empty(shape, dtype=torch.uint8, device=w.device)
+        for rows, row_scale, row_zero in self.row_chunks(shape, scale, zero):
+            codes[rows] = self.encode(w[rows], row_scale, row_zero)
+        return self.quantized(codes, scale, zero, stored)
+
+    def quantized(self, codes: Tensor, scale: Tensor, zero: Tensor | None, stored: State) -> Quantized:
+        """What `settle` and `encode` gave, put together."""
         return Quantized(
             format=self.with_scale_dtype(scale.dtype),
-            codes=self.encode(w, *per_column),
+            codes=codes,
             scale=scale,
             zero=zero,
+            stored=stored if self.nested or self.fit else {},
         )

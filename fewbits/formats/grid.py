@@ -120,10 +120,19 @@ class FloatGrid(Grid):
 def integer_grid(bits: int, *, signed: bool) -> IntegerGrid:
     """INTb: -2**(b-1) .. 2**(b-1)-1, or 0 .. 2**b-1 for use with a zero point."""
     low = -(1 << (bits - 1)) if signed else 0
-    levels = tuple(float(low + code) for code in range(1 << bits))
+    return _integers(f"int{bits}" if signed else f"uint{bits}", bits, low, low + (1 << bits) - 1)
+
+
+def narrow_integer_grid(bits: int) -> IntegerGrid:
+    """INTb of the restricted range -(2**(b-1)-1) .. 2**(b-1)-1."""
+    top = (1 << (bits - 1)) - 1
+    return _integers(f"int{bits}_narrow", bits, -top, top)
+
+
+def _integers(name: str, bits: int, low: int, high: int) -> IntegerGrid:
+    levels = tuple(float(level) for level in range(low, high + 1))
     # A tie between n and n+1 goes up exactly when n is odd: round half to even.
-    ties_up = tuple(int(level) % 2 == 1 for level in levels[:-1])
-    return IntegerGrid(f"int{bits}" if signed else f"uint{bits}", bits, levels, ties_up, "integer")
+    return IntegerGrid(name, bits, levels, tuple(int(level) % 2 == 1 for level in levels[:-1]), "integer")
 
 
 def minifloat_grid(

@@ -139,7 +139,16 @@ def affine(format: Format) -> No | None:
     """
     if format.grid.kind != "integer":
         return No(f"{format.grid.name} levels are a table, not consecutive integers")
+    if format.scaling.minimum:
+        return No("it knows integer zero points, not real minima")
+    if format.scaling.block == "tile":
+        return No("it has no scales per tile")
     return None
+
+
+def middle_code(format: Format) -> int:
+    """The code kernels centre on: that of level 0, or the middle of the range where a zero point moves it."""
+    return 1 << (format.bits - 1) if format.scaling.zero_point else -int(format.grid.levels[0])
 
 
 def on_cpu(spec: LinearSpec) -> No | None:

@@ -40,6 +40,7 @@ from fewbits.kernels.base import (
     Yes,
     affine,
     joined_rows,
+    middle_code,
     on_cpu,
     operator_exists,
     split_levels,
@@ -91,8 +92,7 @@ def scales_and_offsets(weight: Quantized, group: int, row_block: int) -> Tensor:
     scale = weight.scale.float()[:, first // size].expand(rows, -1)
     offset = torch.zeros_like(scale)
     if weight.zero is not None:
-        middle = 1 << (weight.format.bits - 1)
-        offset = (middle - weight.zero.float()[:, first // size].expand(rows, -1)) * scale
+        offset = (middle_code(weight.format) - weight.zero.float()[:, first // size].expand(rows, -1)) * scale
     both = torch.stack((scale.t(), offset.t()), dim=-1)
     return functional.pad(both, (0, 0, 0, -rows % row_block)).to(torch.bfloat16).contiguous()
 
@@ -124,9 +124,8 @@ class CpuInt4:
         assert layout is not None
         group = kernel_group(format.scaling.group_size, columns)
         assert group is not None
-        half = 1 << (format.bits - 1)
         more = (0, -columns % group, 0, -rows % layout[0])
-        codes = functional.pad(weight.codes.int() + (8 - half), more, value=8)
+        codes = functional.pad(weight.codes.int() + (8 - middle_code(format)), more, value=8)
         packed = {
             "weight": torch._convert_weight_to_int4pack_for_cpu(codes, 2),
             "scales": scales_and_offsets(weight, group, layout[0]),
@@ -142,7 +141,7 @@ class CpuInt4:
         layout = _layout()
         assert layout is not None
         columns = 2 * packed["weight"].shape[1]
-        return _unpack(packed["weight"][start:stop], columns, *layout) - (8 - (1 << (spec.format.bits - 1)))
+        return _unpack(packed["weight"][start:stop], columns, *layout) - (8 - middle_code(spec.format))
 
     def bind(self, packed: Packed, spec: LinearSpec) -> Bound:
         weight, scales = packed["weight"], packed["scales"]

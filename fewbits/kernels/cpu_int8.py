@@ -2,8 +2,9 @@
 
     y[m, n] = (sum_k x[m, k] * q[n, k]) * scale[n]  +  (sum_k x[m, k]) * (half - zero[n]) * scale[n]
 
-q is the code less half its range, as int8; `aten::_weight_int8pack_mm` computes the first term in bfloat16
-with float32 sums, and the second, which only asymmetric formats have, is a rank-one correction in float32.
+q is the code less that of level 0 (with a zero point: less half the range), as int8;
+`aten::_weight_int8pack_mm` computes the first term in bfloat16 with float32 sums, and the second, which only
+asymmetric formats have, is a rank-one correction in float32.
 Scales per group are refused: the product knows one scale per row.
 
 Quantized activations (W8A8) multiply levels instead of x, which are exact in bfloat16. torch's int8 x int8
@@ -35,6 +36,7 @@ from fewbits.kernels.base import (
     Yes,
     affine,
     joined_rows,
+    middle_code,
     on_cpu,
     operator_exists,
     split_levels,
@@ -64,7 +66,7 @@ class CpuInt8:
         return Yes("bfloat16 products, 8 bits per weight in memory")
 
     def prepack(self, weight: Quantized) -> Packed:
-        half = 1 << (weight.format.bits - 1)
+        half = middle_code(weight.format)
         rows, columns = weight.shape
         more_rows = -rows % _ROW_BLOCK
         scale = weight.scale.float().expand(rows, 1).reshape(rows).contiguous()
@@ -81,7 +83,7 @@ class CpuInt8:
         return packed
 
     def codes(self, packed: Packed, spec: LinearSpec) -> Tensor:
-        half = 1 << (spec.format.bits - 1)
+        half = middle_code(spec.format)
         rows, columns = spec.shape
         return (packed["weight"][:rows, :columns].short() + half).to(torch.uint8)
 

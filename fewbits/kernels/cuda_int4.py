@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fewbits.formats import Quantized
-from fewbits.kernels.base import LinearSpec, No, Packed, Plain, Yes, affine, operator_exists, split_levels
+from fewbits.kernels.base import LinearSpec, No, Packed, Plain, Yes, affine, middle_code, operator_exists, split_levels
 from fewbits.kernels.cpu_int4 import kernel_group, scales_and_offsets
 
 _MANY_ROWS = 128
@@ -66,7 +66,7 @@ class CudaInt4(Plain):
     def prepack(self, weight: Quantized) -> Packed:
         group = kernel_group(weight.format.scaling.group_size, weight.shape[1])
         assert group is not None
-        shift = 8 - (1 << (weight.format.bits - 1))
+        shift = 8 - middle_code(weight.format)
         more = (0, -weight.shape[1] % group, 0, -weight.shape[0] % _ROW_BLOCK)
         packed = {
             "weight": _pack(functional.pad(weight.codes.int() + shift, more, value=8)),

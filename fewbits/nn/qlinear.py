@@ -2,9 +2,9 @@
 
 Life of a QLinear:
 
-1. *Canonical.* Buffers `codes` (packed at true density), `scale` and, with a zero point, `zero`, under
-   exactly the names and shapes of the native checkpoint. It can be built on the meta device, loaded, saved
-   and moved.
+1. *Canonical.* Buffers as `Format.layout` names them: `codes` (packed at true density), `scale`, with a zero
+   point `zero`, and what a nested scale store needs, under exactly the names and shapes of the native
+   checkpoint. It can be built on the meta device, loaded, saved and moved.
 2. *Prepacked.* `prepack()` asks the dispatcher for a kernel, gives it the weight, and drops `codes` where the
    kernel's own layout can give them back. `state_dict()` stays canonical: codes are recovered when it is
    asked for. The first `forward` prepacks a module that is not.
@@ -16,6 +16,7 @@ device goes back to canonical codes and prepacks there.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,7 +38,6 @@ class QLinear(nn.Module):
 
     codes: Tensor | None
     scale: Tensor
-    zero: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -58,14 +58,9 @@ class QLinear(nn.Module):
         self.kernel: str | None = None
         self._packed: Packed | None = None
         self._spec: LinearSpec | None = None
-        rows, groups = format.parameter_shape((out_features, in_features))
-
-        def bytes_for(height: int, count: int) -> Tensor:
-            return torch.empty(height, packing.packed_length(count, format.bits), dtype=torch.uint8, device=device)
-
-        self.register_buffer("codes", bytes_for(out_features, in_features))
-        self.register_buffer("scale", torch.empty(rows, groups, dtype=format.scaling.scale_dtype, device=device))
-        self.register_buffer("zero", bytes_for(rows, groups) if format.scaling.zero_point else None)
+        self._stored = format.layout((out_features, in_features))
+        for name, (shape, stored_as) in self._stored.items():
+            self.register_buffer(name, torch.empty(shape, dtype=stored_as, device=device))
         empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
 
@@ -76,8 +71,8 @@ class QLinear(nn.Module):
         """A canonical module (not yet prepacked) holding `weight`; the tensors are shared, not copied."""
         out_features, in_features = weight.shape
         module = cls(in_features, out_features, weight.format, bias is not None, activations, device="meta")
-        state = weight.to_state()
-        module.codes, module.scale, module.zero = state["codes"], state["scale"], state.get("zero")
+        for name, tensor in weight.to_state().items():
+            setattr(module, name, tensor)
         if bias is not None:
             module.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return module
@@ -106,11 +101,13 @@ class QLinear(nn.Module):
             if kernel is None or kernel.name == self.kernel:
                 return self
             self.unpack()
-        spec = self.spec
-        kernel = kernel or choose(spec)
         # The first forward may come in inference mode; what is kept must be usable outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            self._packed, self._spec, self.kernel = kernel.prepack(self.quantized()), spec, kernel.name
+            weight = self.quantized()
+            # A fitted codebook is known only now that the weight is here.
+            spec = dataclasses.replace(self.spec, format=weight.format)
+            kernel = kernel or choose(spec)
+            self._packed, self._spec, self.kernel = kernel.prepack(weight), spec, kernel.name
         if kernel.recovers_codes:
             self.codes = None
         return self
@@ -123,9 +120,7 @@ class QLinear(nn.Module):
 
     def quantized(self) -> Quantized:
         """The weight as codes, scale and zero."""
-        state = {"codes": self._canonical_codes(), "scale": self.scale}
-        if self.zero is not None:
-            state["zero"] = self.zero
+        state = {name: self._canonical_codes() if name == "codes" else getattr(self, name) for name in self._stored}
         return Quantized.from_state(self.format, (self.out_features, self.in_features), state)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

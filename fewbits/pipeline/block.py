@@ -74,11 +74,10 @@ def solve_block(
 
 
 def _sharing(refs: Sequence[Ref], sums: dict[str, HessianSum], format: Format) -> list[list[Ref]]:
-    """Refs in groups of one statistic; each alone where a scale spans the tensor and rows are not independent."""
+    """Refs in groups of one statistic; each alone where its rows are not independent of each other."""
     groups: dict[object, list[Ref]] = {}
     for ref in refs:
-        alone = format.scaling.block == "tensor"
-        groups.setdefault(ref.name if alone else id(sums[ref.name]), []).append(ref)
+        groups.setdefault(id(sums[ref.name]) if format.rowwise else ref.name, []).append(ref)
     return list(groups.values())
 
 
@@ -135,8 +134,8 @@ def _solve(
 
 
 def _rows(whole: Quantized, start: int, count: int) -> Quantized:
-    if whole.scale.shape[0] == 1 and whole.codes.shape[0] != 1:
-        return whole  # one scale for the tensor: never stacked
+    if count == len(whole.codes):
+        return whole
     rows = slice(start, start + count)
     zero = None if whole.zero is None else whole.zero[rows].contiguous()
     return Quantized(

@@ -27,7 +27,7 @@ def problem(
 
 def decoded(q: Quantized, dtype: torch.dtype) -> Tensor:
     """Values in `dtype` throughout, so that identities are not blurred by a float32 decode."""
-    scale, zero = q.format.expand(q.scale, q.zero, q.shape[1])
+    scale, zero = q.format.expand(q.scale, q.zero, q.shape)
     return q.format.decode(q.codes, scale, zero, dtype)
 
 
@@ -55,7 +55,7 @@ def test_output_error_is_the_sum_of_squared_step_errors(dtype: torch.dtype, tole
     errors = torch.linalg.solve_triangular(upper, delta, upper=True, left=False)
     assert float(left) == pytest.approx(float(errors.square().sum()), rel=tolerance)
     # and each is what the algorithm saw: within half a step of the grid, scaled by U_ii
-    scale, _ = format.expand(quantized.scale, quantized.zero, 256)
+    scale, _ = format.expand(quantized.scale, quantized.zero, quantized.shape)
     steps = (scale[:, order].double() / 2) / upper.diagonal()
     inside = (quantized.codes[:, order] > 0) & (quantized.codes[:, order] < 15)
     assert bool((errors.abs() <= steps * (1 + 1e-3))[inside].all())

@@ -1,0 +1,50 @@
+"""Four over six: NVFP4 whose blocks choose between two scales.
+
+    scale = absmax / 6  or  absmax / 4,  whichever has the smaller squared error
+
+E2M1's upper levels are 3, 4, 6: near the top its relative step is a third. A block with values around 5/6 of its
+largest rounds badly when that largest sits on 6; moved down to 4 they fall on 3 and 4 exactly, at a coarser step
+below. Both scales are stored as E4M3 under one outer scale per tensor,
+
+    outer = absmax(tensor) / (6 * 256)
+
+so that the largest block's second candidate, 1.5 times its first, still fits (384 <= 448). Costs nothing when
+decoding: the file is NVFP4. On Gaussian weights it takes 16 % off the squared error.
+Source: Cook et al. 2025, "Four Over Six", arXiv 2512.02010.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbits.formats.base import Format
+from fewbits.formats.scales import FloatScale
+
+FOUR = 6 / 4  # the second candidate, as a multiple of absmax / 6
+LIMIT = 256.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FourOverSix(Format):
+    """E2M1 in blocks whose scale puts the largest element on 6 or on 4."""
+
+    def fitted(self, w: Tensor, importance: Tensor | None = None) -> Format:
+        """This format with the outer scale of `w`, which every block's choice depends on."""
+        low, high = torch.aminmax(self.blocks(w.float()), dim=-1)
+        outer = FloatScale(LIMIT).outer(torch.maximum(-low, high) / self.grid.top)
+        store = FloatScale(LIMIT, float(outer))
+        return dataclasses.replace(self, scaling=dataclasses.replace(self.scaling, store=store))
+
+    def params(self, w: Tensor) -> tuple[Tensor, Tensor | None]:
+        blocks = self.blocks(w.float())
+        low, high = torch.aminmax(blocks, dim=-1)
+        best, _ = self.params_from_range(low, high)
+        other, _ = self.params_from_range(low * FOUR, high * FOUR)
+        return torch.where(self._error(blocks, other) < self._error(blocks, best), other, best), None
+
+    def _error(self, blocks: Tensor, scale: Tensor) -> Tensor:
+        return (blocks - self.snap(blocks, scale[..., None], None)).square().sum(-1)
