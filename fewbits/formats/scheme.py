@@ -29,6 +29,9 @@ SCHEMES: dict[str, tuple[str, str | None]] = {
     "FP8_W8A16": ("fp8_e4m3-channel", None),
     "NF4": ("nf4-g64", None),
     "FP4": ("fp4_e2m1-g16", None),
+    "MXFP4A16": ("mxfp4", None),
+    "MXFP8A16": ("mxfp8", None),
+    "NVFP4A16": ("nvfp4", None),
 }
 
 
