@@ -148,11 +148,15 @@ def test_transformers_alone_computes_the_same_logits(
         assert difference(scheme) < bound, scheme
 
 
-@pytest.mark.parametrize("scheme", ["nf4-g32", "fp4_e2m1-g16", "int4-g48", "fp8_e5m2-channel"])
+NATIVE = ["nf4-g32", "nf4-g32-dq", "fp4_e2m1-g16", "int4-g48", "int4-narrow-g32", "fp8_e5m2-channel", "mxfp4"]
+NATIVE += ["nvfp4", "nvfp4_4over6", "fp8_block"]
+
+
+@pytest.mark.parametrize("scheme", NATIVE)
 def test_what_compressed_tensors_cannot_say_goes_out_native(dense: Path, tmp_path: Path, scheme: str) -> None:
     from fewbits.runtime.load import load
 
-    out = run(dense, tmp_path / "q", scheme, method="rtn", eval_samples=0)
+    out = run(dense, tmp_path / "q", scheme, eval_samples=0)
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "fewbits"
     model, _ = load(out)
