@@ -153,7 +153,8 @@ def _chosen(shell: ModelShell, index: int, job: Job) -> list[Ref]:
     prefix, block = shell.blocks[index]
     refs = [ref for ref in linears(block, shell.topology) if not ignored(f"{prefix}.{ref.name}", job.ignore)]
     for ref in refs:
-        size = job.scheme.weights.scaling.group_size
+        scaling = job.scheme.weights.scaling
+        size = scaling.group_size if scaling.block == "group" else None
         if size is not None and size > ref.shape[1]:
             raise BadInput(
                 f"{prefix}.{ref.name}: group size {size} is larger than its input dimension {ref.shape[1]}; "
