@@ -296,8 +296,11 @@ class Format:
 
     def with_levels(self, levels: tuple[float, ...]) -> Format:
         """This format with another table of levels; zero is always one of them."""
-        nearest = min(range(len(levels)), key=lambda i: abs(levels[i]))
-        exact = sorted({*levels[:nearest], 0.0, *levels[nearest + 1 :]})
+        kept = set(levels)
+        if len(kept) == 1 << self.bits and 0.0 not in kept:
+            kept.remove(min(kept, key=abs))
+        # A tensor of zeros fits one level; a grid has two.
+        exact = sorted(kept | {0.0}) if kept != {0.0} else [0.0, 1.0]
         single = torch.tensor(exact).tolist()  # as stored: float32
         return dataclasses.replace(self, grid=Grid(self.grid.name, self.bits, tuple(single)))
 

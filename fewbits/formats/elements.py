@@ -7,47 +7,48 @@
 | fp8_e5m2 | E5M2, bias 15, largest 57344 | OFP8 1.0 |
 | fp4_e2m1 | 0 .5 1 1.5 2 3 4 6 and negatives | OCP MX 1.0 |
 | fp6_e2m3, fp6_e3m2 | largest 7.5 and 28, no infinity, no NaN | OCP MX 1.0 |
-| dynamic8 | bitsandbytes' signed dynamic map (dynamic.py) | arXiv 2110.02861 |
-| nf4 | sixteen quantiles of N(0,1), scaled to [-1, 1] | QLoRA, arXiv 2305.14314, code |
+| fp4_e1m2, fp4_e3m0, fp8_e1m6, fp8_e2m5, fp8_e3m4 | every code finite (minifloat.py) | arXiv 2208.09225 |
+| fp8_e4m3_finite, fp8_e5m2_finite | every code finite; the real exponent bias is the scale | arXiv 2303.17951 |
+| nf4, af4, fp4_bnb, quantile3/4/8 | tables (codebooks.py) | |
+| lloyd2 ... lloyd8 | least squared error for N(0,1), one level at 0 (lloyd_max.py) | Lloyd 1982, Max 1960 |
+| lloyd2_fit ... lloyd8_fit | the same, fitted to each tensor | |
+| ternary | -1 0 1 | |
+| dynamic8, dynamic8u | bitsandbytes' dynamic maps (dynamic.py); `u` for what is never negative | arXiv 2110.02861 |
 """
 
 from __future__ import annotations
 
 import torch
 
+from fewbits.formats.codebooks import AF4_LEVELS, FP4_BNB_LEVELS, NF4_LEVELS, quantile_levels
 from fewbits.formats.dynamic import dynamic_levels
-from fewbits.formats.grid import Grid, integer_grid, minifloat_grid, narrow_integer_grid
-
-# The published table. QLoRA's printed equation does not give these values; its code does: quantiles of
-# N(0,1) at 8 positive and 7 negative evenly spaced probabilities up to 0.9677083, and an exact zero.
-NF4_LEVELS = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
+from fewbits.formats.grid import Grid, integer_grid, narrow_integer_grid
+from fewbits.formats.lloyd_max import gaussian_with_zero
+from fewbits.formats.minifloat import minifloat_grid
 
 ELEMENTS: dict[str, Grid] = {
     **{f"int{bits}": integer_grid(bits, signed=True) for bits in range(2, 9)},
-    "fp8_e4m3": minifloat_grid("fp8_e4m3", 4, 3, 7, 448.0, torch.float8_e4m3fn),
-    "fp8_e5m2": minifloat_grid("fp8_e5m2", 5, 2, 15, 57344.0, torch.float8_e5m2),
-    "fp4_e2m1": minifloat_grid("fp4_e2m1", 2, 1, 1, 6.0),
-    "fp6_e2m3": minifloat_grid("fp6_e2m3", 2, 3, 1, 7.5),
-    "fp6_e3m2": minifloat_grid("fp6_e3m2", 3, 2, 3, 28.0),
+    "fp8_e4m3": minifloat_grid("fp8_e4m3", 4, 3, top=448.0, cast=torch.float8_e4m3fn),
+    "fp8_e5m2": minifloat_grid("fp8_e5m2", 5, 2, top=57344.0, cast=torch.float8_e5m2),
+    "fp8_e1m6": minifloat_grid("fp8_e1m6", 1, 6),
+    "fp8_e2m5": minifloat_grid("fp8_e2m5", 2, 5),
+    "fp8_e3m4": minifloat_grid("fp8_e3m4", 3, 4),
+    "fp8_e4m3_finite": minifloat_grid("fp8_e4m3_finite", 4, 3, bias=8),
+    "fp8_e5m2_finite": minifloat_grid("fp8_e5m2_finite", 5, 2, bias=16),
+    "fp6_e2m3": minifloat_grid("fp6_e2m3", 2, 3),
+    "fp6_e3m2": minifloat_grid("fp6_e3m2", 3, 2),
+    "fp4_e2m1": minifloat_grid("fp4_e2m1", 2, 1),
+    "fp4_e1m2": minifloat_grid("fp4_e1m2", 1, 2),
+    "fp4_e3m0": minifloat_grid("fp4_e3m0", 3, 0),
     "nf4": Grid("nf4", 4, NF4_LEVELS),
+    "af4": Grid("af4", 4, AF4_LEVELS),
+    "fp4_bnb": Grid("fp4_bnb", 4, FP4_BNB_LEVELS),
+    **{f"quantile{bits}": Grid(f"quantile{bits}", bits, quantile_levels(bits)) for bits in (3, 4, 8)},
+    **{f"lloyd{bits}": Grid(f"lloyd{bits}", bits, gaussian_with_zero(1 << bits)) for bits in range(2, 9)},
+    **{f"lloyd{bits}_fit": Grid(f"lloyd{bits}_fit", bits, gaussian_with_zero(1 << bits)) for bits in range(2, 9)},
+    "ternary": Grid("ternary", 2, (-1.0, 0.0, 1.0)),
     "dynamic8": Grid("dynamic8", 8, dynamic_levels(signed=True)),
+    "dynamic8u": Grid("dynamic8u", 8, dynamic_levels(signed=False)),
 }
 
 # The same codes read as 0 ... 2**b-1, for use with a zero point.

@@ -5,7 +5,7 @@ INT4 is -8..7, E2M1 is 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives, NF4 is six
 is to the nearest level. On a tie, arithmetic types go to the even code (round half to even, as IEEE 754
 and `torch.round` do); tables go to the lower level (as bitsandbytes' NF4 does).
 
-`Grid` works by table look-up and is the definition. `IntegerGrid` and `FloatGrid` override it with
+`Grid` works by table look-up and is the definition. `IntegerGrid` and `FloatGrid` (minifloat.py) override it with
 arithmetic that equals the table bit for bit (the contract tests compare them).
 """
 
@@ -104,19 +104,6 @@ class IntegerGrid(Grid):
         return torch.round(_working(x)).clamp_(self.levels[0], self.levels[-1])
 
 
-@dataclass(frozen=True)
-class FloatGrid(Grid):
-    """A minifloat; where torch has the type, rounding is its cast, saturating."""
-
-    cast: torch.dtype | None = None
-
-    def snap(self, x: Tensor) -> Tensor:
-        x = _working(x)
-        if self.cast is None or x.dtype != torch.float32:
-            return super().snap(x)
-        return x.clamp(self.levels[0], self.levels[-1]).to(self.cast).to(x.dtype)
-
-
 def integer_grid(bits: int, *, signed: bool) -> IntegerGrid:
     """INTb: -2**(b-1) .. 2**(b-1)-1, or 0 .. 2**b-1 for use with a zero point."""
     low = -(1 << (bits - 1)) if signed else 0
@@ -133,29 +120,3 @@ def _integers(name: str, bits: int, low: int, high: int) -> IntegerGrid:
     levels = tuple(float(level) for level in range(low, high + 1))
     # A tie between n and n+1 goes up exactly when n is odd: round half to even.
     return IntegerGrid(name, bits, levels, tuple(int(level) % 2 == 1 for level in levels[:-1]), "integer")
-
-
-def minifloat_grid(
-    name: str, exponent_bits: int, mantissa_bits: int, bias: int, top: float, cast: torch.dtype | None = None
-) -> FloatGrid:
-    """ExMy: 2**(e-bias) * (1 + m/2**y), subnormal at e = 0, every magnitude above `top` left out.
-
-    `top` is the largest finite value: E4M3FN gives up one code for NaN (448), E5M2 a whole binade for
-    infinities and NaNs (57344), E2M1 nothing (6). Source: OCP Microscaling Formats 1.0; OFP8 1.0.
-    """
-    steps = 1 << mantissa_bits
-    magnitudes = []
-    for exponent in range(1 << exponent_bits):
-        for mantissa in range(steps):
-            value = mantissa / steps * 2.0 ** (1 - bias)
-            if exponent:
-                value = (1 + mantissa / steps) * 2.0 ** (exponent - bias)
-            if value <= top:
-                magnitudes.append(value)
-    positive = magnitudes[1:]
-    levels = (*(-value for value in reversed(positive)), *magnitudes)
-    rank = [*range(len(positive), 0, -1), *range(len(magnitudes))]
-    # The even magnitude code wins a tie; upwards means towards the level on the right.
-    ties_up = tuple(rank[i + 1] % 2 == 0 for i in range(len(levels) - 1))
-    bits = 1 + exponent_bits + mantissa_bits
-    return FloatGrid(name, bits, levels, ties_up, "float", cast)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from fewbits.core.errors import BadInput
 from fewbits.formats import Grid, Quantized, known_formats, parse_format
-from fewbits.formats.elements import ELEMENTS, UNSIGNED
+from fewbits.formats.elements import ELEMENTS, NARROW, UNSIGNED
 
 FORMATS = known_formats()
-GRIDS = {**ELEMENTS, **{f"u{name}": grid for name, grid in UNSIGNED.items()}}
+GRIDS = {**ELEMENTS, **{grid.name: grid for table in (UNSIGNED, NARROW) for grid in table.values()}}
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

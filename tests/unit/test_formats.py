@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from fewbits.core.errors import BadInput
 from fewbits.formats import bits, parse_format, parse_scheme
-from fewbits.formats.elements import ELEMENTS, NF4_LEVELS
+from fewbits.formats.codebooks import NF4_LEVELS
+from fewbits.formats.elements import ELEMENTS
 
 
 @settings(max_examples=60, deadline=None)
