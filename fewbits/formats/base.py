@@ -39,7 +39,9 @@ from fewbits.formats.grid import Grid
 from fewbits.formats.scales import Layout, PlainScale, ScaleStore, State
 
 _SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_CHUNK = 1 << 18  # elements worked on at once: a few passes over them stay in a core's cache
+# Elements worked on at once: on a CPU a few passes over them stay in a core's cache; elsewhere, few launches.
+_CHUNK = {"cpu": 1 << 18}
+_LARGE_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,11 +245,11 @@ class Format:
         levels = self.grid.levels
         low, high = low.clamp(max=0).float(), high.clamp(min=0).float()
         if self.scaling.zero_point:
-            top = levels[-1] - levels[0]
-            raw = (high - low) / top
+            reach, top = high - low, levels[-1] - levels[0]
         else:
-            top = self.grid.top
-            raw = torch.maximum(-low, high) / top
+            reach, top = torch.maximum(-low, high), self.grid.top
+        # By a tensor: CUDA divides by a number as a product with its reciprocal, one bit off a CPU's quotient.
+        raw = reach / torch.full_like(reach, top)
         scale = self.scaling.store.round(raw, top)
         if not self.nested:  # a nested store decides itself, knowing the other scales
             scale = torch.where(raw == 0, torch.ones_like(scale), scale)
@@ -329,7 +331,7 @@ class Format:
         self, shape: tuple[int, int], scale: Tensor, zero: Tensor | None
     ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Slices of rows, each with its scale and zero per element: small enough for a cache."""
-        step = max(1, _CHUNK // shape[1])
+        step = max(1, _CHUNK.get(scale.device.type, _LARGE_CHUNK) // shape[1])
         size = self.scaling.group_size
         if self.scaling.block == "tile":
             assert size is not None

@@ -12,6 +12,7 @@ All hold zero exactly, so that a pruned weight or an empty block stays what it i
 
 from __future__ import annotations
 
+import itertools
 from statistics import NormalDist
 
 # The published table. QLoRA's printed equation does not give these values; its code does: quantiles of
@@ -54,6 +55,6 @@ def quantile_levels(bits: int) -> tuple[float, ...]:
     parts = (1 << bits) + 1
     # Upper half only, mirrored: the middle is then 0 exactly.
     edges = [NormalDist().inv_cdf(i / parts) for i in range(parts // 2 + 1, parts)]
-    middles = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
     positive = [value / middles[-1] for value in middles]
     return (*(-value for value in reversed(positive)), 0.0, *positive)

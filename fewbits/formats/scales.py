@@ -144,7 +144,8 @@ class FloatScale:
         """The tensor's own scale, float32 [1], from raw block scales; 1 for a tensor of zeros."""
         if self.fixed is not None:
             return raw.new_full((1,), self.fixed)
-        outer = (raw.max() / self.limit).reshape(1)
+        outer = raw.max().reshape(1)
+        outer = outer / torch.full_like(outer, self.limit)
         return torch.where(outer > 0, outer, torch.ones_like(outer))
 
     def under(self, raw: Tensor, outer: Tensor) -> Tensor:
