@@ -46,9 +46,9 @@ def write_report(directory: str | os.PathLike[str], out: str | os.PathLike[str] 
 def page(certificate: Certificate, directory: Path) -> str:
     """The whole document."""
     sections = [
-        _section("Size and accuracy", "", tables.accuracy(certificate)),
-        _section("Error by layer", _error_lead(certificate), plots.error_by_layer(certificate)),
-        _section(
+        section("Size and accuracy", "", tables.accuracy(certificate)),
+        section("Error by layer", _error_lead(certificate), plots.error_by_layer(certificate)),
+        section(
             "Error by type of layer",
             "The mean over the blocks. The number after the error is the change from round-to-nearest."
             if any(layer.rtn_error for layer in certificate.layers) and certificate.method.lower() != "rtn"
@@ -56,46 +56,52 @@ def page(certificate: Certificate, directory: Path) -> str:
             plots.error_by_kind(certificate),
             tables.layers(certificate) if certificate.layers else "",
         ),
-        _section(
+        section(
             "Bits by layer",
             "What one weight takes, its share of scales and zero points included.",
             plots.bits_by_layer(certificate),
             tables.formats(certificate) if certificate.layers else "",
         ),
-        _section(
+        section(
             "The worst layers' weights",
             "How many weights take which value, on a logarithmic scale; the lines are the values that the "
             "format can express at the median scale of the layer. Where groups have scales of their own, "
             "weights beyond the outer lines are reached with larger ones.",
             plots.distributions(certificate),
         ),
-        _section(
+        section(
             "KL divergence by position",
             "Mean over the windows, with a band of one standard error. A rise to the right would mean that "
             "the error grows as the context does.",
             plots.kl_by_position(_compared(certificate)),
         ),
-        _section("Completions side by side", _SAMPLES_LEAD, "".join(map(_sample, certificate.samples))),
-        _section("Notes", "", _notes(certificate)),
-        _section("Loading it", "", ways_to_load(certificate, directory)),
-        _section("Where every tensor went", "", tables.account(certificate)),
-        _section("Record", "What it takes to repeat the run.", tables.record(certificate)),
+        section("Completions side by side", _SAMPLES_LEAD, "".join(map(_sample, certificate.samples))),
+        section("Notes", "", _notes(certificate)),
+        section("Loading it", "", ways_to_load(certificate, directory)),
+        section("Where every tensor went", "", tables.account(certificate)),
+        section("Record", "What it takes to repeat the run.", tables.record(certificate)),
     ]
-    style = importlib.resources.files("fewbits.report").joinpath("page.css").read_text(encoding="utf-8")
     title = f"{certificate.model} in {certificate.bits_per_weight:.2f} bits"
+    made = f"Made by fewbits {esc(certificate.raw.get('fewbits', ''))} from certificate.json."
+    return document(title, _header(certificate), "".join(sections), made)
+
+
+def document(title: str, header: str, sections: str, footer: str) -> str:
+    """A self-contained page in the style of all our pages. `title` is text, the rest HTML."""
+    style = importlib.resources.files("fewbits.report").joinpath("page.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         f"<title>{esc(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f"{_header(certificate)}\n<main>\n{''.join(sections)}</main>\n"
-        f"<footer>Made by fewbits {esc(certificate.raw.get('fewbits', ''))} from certificate.json.</footer>\n"
+        f"{header}\n<main>\n{sections}</main>\n"
+        f"<footer>{footer}</footer>\n"
         "</body>\n</html>\n"
     )
 
 
-def _section(title: str, lead: str, *parts: str) -> str:
+def section(title: str, lead: str, *parts: str) -> str:
     """A titled section, or nothing when it has no content."""
     content = "".join(parts)
     if not content:
@@ -146,24 +152,24 @@ def _tiles(certificate: Certificate) -> list[str]:
         bits += f", {certificate.bits_per_weight_model:.2f} over the whole model"
     smaller = certificate.source_bytes / certificate.bytes
     sizes = f"{bytes_text(certificate.source_bytes)} → {bytes_text(certificate.bytes)}"
-    tiles = [_tile("Size", f"{smaller:.1f}{TIMES}", "smaller", f"{sizes}. {bits}.")]
+    tiles = [tile("Size", f"{smaller:.1f}{TIMES}", "smaller", f"{sizes}. {bits}.")]
     main = certificate.main
     if main is None or main.kl is None:
         return tiles
     baseline = certificate.baseline_of(main)
     rest = f"Round-to-nearest: {baseline.kl.mean:.3f}. " if baseline and baseline.kl else ""
-    tiles.append(_tile("KL divergence", plus_minus(main.kl, 3), "", f"{rest}Nats per token, 0 is no loss."))
+    tiles.append(tile("KL divergence", plus_minus(main.kl, 3), "", f"{rest}Nats per token, 0 is no loss."))
     if main.perplexity and main.reference_perplexity:
         moved = change(main.perplexity.mean / main.reference_perplexity.mean, 1)
         from_to = f"{main.reference_perplexity.mean:.2f} → {main.perplexity.mean:.2f}"
-        tiles.append(_tile("Perplexity", esc(moved), "", f"{from_to}."))
+        tiles.append(tile("Perplexity", esc(moved), "", f"{from_to}."))
     if main.top1:
         rest = f"Round-to-nearest: {100 * baseline.top1.mean:.1f} %." if baseline and baseline.top1 else ""
-        tiles.append(_tile("Same top token", plus_minus(main.top1, 1, 100, " %"), "", rest))
+        tiles.append(tile("Same top token", plus_minus(main.top1, 1, 100, " %"), "", rest))
     return tiles
 
 
-def _tile(name: str, figure: str, unit: str, note: str) -> str:
+def tile(name: str, figure: str, unit: str, note: str) -> str:
     """figure is HTML, the rest text."""
     small = f" <small>{esc(unit)}</small>" if unit else ""
     return f'<div class="tile"><h3>{esc(name)}</h3><p class="figure-text">{figure}{small}</p><p>{esc(note)}</p></div>'
