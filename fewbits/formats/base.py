@@ -207,6 +207,8 @@ class Format:
         if not bool(torch.isfinite(w).all()):
             bad = int((~torch.isfinite(w)).sum())
             raise BadInput(f"{name}: {bad} of {w.numel()} values are NaN or infinite; repair the source tensor")
+        if self.grid.levels[0] >= 0 and not self.scaling.zero_point and bool((w < 0).any()):
+            raise BadInput(f"{name}: it has negative values, and {self.grid.name} has no level below 0")
 
     def check_shape(self, w: Tensor, name: str = "weight") -> None:
         """The part of `check` that reads no values."""

@@ -15,7 +15,8 @@ from fewbits.core.errors import BadInput
 from fewbits.formats import Grid, Quantized, known_formats, parse_format
 from fewbits.formats.elements import ELEMENTS, NARROW, UNSIGNED
 
-FORMATS = known_formats()
+# What has no negative levels refuses weights that have them (tested below).
+FORMATS = [name for name in known_formats() if not name.startswith("dynamic8u")]
 GRIDS = {**ELEMENTS, **{grid.name: grid for table in (UNSIGNED, NARROW) for grid in table.values()}}
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -132,3 +133,11 @@ def test_bits_per_weight_counts_what_is_stored(name: str) -> None:
     state = format.quantize(torch.randn(shape)).to_state()
     stored = 8 * sum(t.numel() * t.element_size() for t in state.values()) / (shape[0] * shape[1])
     assert format.bits_per_weight(shape) == pytest.approx(stored, abs=0.02)
+
+
+def test_negative_values_are_refused_where_no_level_is_below_zero() -> None:
+    format = parse_format("dynamic8u-g64")
+    with pytest.raises(BadInput, match="no level below 0"):
+        format.quantize(torch.randn(2, 128), "layer.3")
+    w = torch.rand(2, 128)
+    assert float((format.quantize(w).dequantize() - w).abs().max()) < 0.01
