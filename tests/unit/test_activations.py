@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_runtime_models import tiny_llama
 
 from fewbits.calibration.activations import ChannelStats, outlier_dimensions, watched
 from fewbits.calibration.collect import input_stages
 from fewbits.core.errors import FewbitsError
 from fewbits.models.walk import blocks, linears
-from tests.tiny_runtime_models import tiny_llama
 
 
 def layer(large: dict[int, float], channels: int = 8, tokens: int = 100) -> ChannelStats:
