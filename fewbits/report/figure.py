@@ -1,32 +1,33 @@
 """Figures as SVG that belong to the page: its fonts, its colours, light and dark.
 
-matplotlib draws each figure with placeholder colours, one per role; in the SVG they become CSS variables, so
-the browser colours the figure as it does the text around it. A figure is drawn twice, wide and narrow, and
-CSS shows the one that fits: scaling one drawing down to a phone would make its labels unreadable.
+Drawing code names colours by role. For the page the roles are placeholders that become CSS variables in the SVG,
+so the browser colours the figure as it does the text around it. A figure is drawn twice, wide and narrow, and
+CSS shows the one that fits: scaling one drawing down to a phone would make its labels unreadable. `save` writes
+the wide one as PNG and SVG files, in the page's light colours.
+
+SERIES are for lines that only a legend tells apart: the palette of Okabe and Ito (2008), distinct to readers who
+do not see all colours; drawing code varies the marker or the dash as well.
 """
 
 from __future__ import annotations
 
 import html
+import importlib.resources
 import io
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from fewbits.core.errors import MissingExtra
+from fewbits.core.record import atomic_path
 
+# The roles, as names of colours that `styled` gives to matplotlib.
+_ROLES = ("ink", "muted", "line", "method", "baseline", "grid", "surface", *(f"series{n}" for n in range(1, 8)))
+INK, MUTED, LINE, METHOD, BASELINE, GRID, SURFACE, *SERIES = (f"fewbits:{role}" for role in _ROLES)
 # Role -> placeholder. The values only need to be distinct and to occur nowhere else.
-INK, MUTED, LINE, METHOD, BASELINE, GRID, SURFACE = (f"#01fe{index:02x}" for index in range(1, 8))
-_VARIABLES = {
-    INK: "ink",
-    MUTED: "muted",
-    LINE: "line",
-    METHOD: "method",
-    BASELINE: "baseline",
-    GRID: "grid",
-    SURFACE: "surface",
-}
+_PLACEHOLDERS = {role: f"#01fe{index:02x}" for index, role in enumerate(_ROLES, start=1)}
 WIDE, NARROW = 9.6, 4.1  # inches; a point is about a third larger on the page
 
 _STYLE = {
@@ -79,10 +80,41 @@ def _matplotlib() -> Any:
     return matplotlib
 
 
-def styled() -> AbstractContextManager[None]:
-    """The style every figure is drawn in; `MissingExtra` without matplotlib."""
-    context: AbstractContextManager[None] = _matplotlib().rc_context(_STYLE)
+def styled(colours: dict[str, str] | None = None) -> AbstractContextManager[None]:
+    """The style every figure is drawn in, by default with placeholders for colours; `MissingExtra` without
+    matplotlib."""
+    matplotlib = _matplotlib()
+    from matplotlib.colors import get_named_colors_mapping
+
+    palette = _PLACEHOLDERS if colours is None else colours
+    get_named_colors_mapping().update({f"fewbits:{role}": palette[role] for role in _ROLES})
+    context: AbstractContextManager[None] = matplotlib.rc_context(_STYLE)
     return context
+
+
+def _light() -> dict[str, str]:
+    """The page's colours on white, from its style sheet."""
+    style = importlib.resources.files("fewbits.report").joinpath("page.css").read_text(encoding="utf-8")
+    found = re.findall(r"--([a-z0-9]+): (#[0-9a-f]{6});", style[: style.index("@media")])
+    return dict(found)
+
+
+def save(path: Path, draw: Callable[[Any, bool], None], height: float) -> list[Path]:
+    """Writes what `draw` draws wide as `path`.png and `path`.svg, in the page's light colours; their paths."""
+    _matplotlib()
+    from matplotlib.figure import Figure
+
+    colours, written = _light(), []
+    for suffix in (".png", ".svg"):
+        with styled(colours):
+            canvas = Figure(figsize=(WIDE, height), layout="constrained", facecolor=SURFACE)
+            draw(canvas, True)
+            target = path.with_name(path.name + suffix)
+            with atomic_path(target) as temporary:
+                about = {"Software": None} if suffix == ".png" else {"Date": None, "Creator": None}
+                canvas.savefig(temporary, format=suffix[1:], dpi=160, metadata=about, facecolor=SURFACE)
+        written.append(target)
+    return written
 
 
 def figure(key: str, description: str, draw: Callable[[Any, bool], None], heights: tuple[float, float]) -> str:
@@ -117,7 +149,7 @@ def _adopt(svg: str, prefix: str, description: str) -> str:
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
     svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
-    for placeholder, variable in _VARIABLES.items():
+    for variable, placeholder in _PLACEHOLDERS.items():
         svg = svg.replace(placeholder, f"var(--{variable})")
     label = f'<svg role="img" aria-label="{html.escape(description, quote=True)}" '
     svg = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", svg, count=1)
