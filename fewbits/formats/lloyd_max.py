@@ -7,8 +7,9 @@ Two conditions hold at the optimum, each easy given the other:
 
 For a density that is log-concave (Gaussian, Laplace, uniform) the solution is unique. It is found here by
 Newton's method on the second condition, whose Jacobian is tridiagonal; alternating the two (Lloyd's own
-iteration) creeps for many levels. For a tensor the alternation runs on a fine histogram: 4096 bins hold all
-that the levels of an 8-bit codebook can resolve, and a step costs nothing then.
+iteration) creeps for many levels, but is safe where Newton's step is not: other densities with known tail
+moments (`of`) mix both. For a tensor the alternation runs on a fine histogram: 4096 bins hold all that the
+levels of an 8-bit codebook can resolve, and a step costs nothing then.
 
 A codebook fitted to weights scaled by their blocks' absmax sees what that scaling leaves: a bounded density
 with more mass near the ends the smaller the blocks are.
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fewbits.core.errors import BadInput
+from fewbits.metrics.distributions import Distribution
 
 _BINS = 4096
 _Mean = Callable[[float, float], tuple[float, float, float]]
@@ -39,9 +41,58 @@ def gaussian(count: int) -> tuple[float, ...]:
 
 
 @cache
-def laplace(count: int) -> tuple[float, ...]:
-    """The `count` optimal levels (even) of the Laplace distribution of variance 1, ascending, to 1e-10."""
-    return _symmetric(count, _laplace_mean, start=3 / _SQRT2)
+def of(distribution: Distribution, count: int) -> tuple[float, ...]:
+    """`count` levels (even) of least squared error for a symmetric distribution, ascending.
+
+    Newton steps while they bring the levels nearer to the means of their cells, Lloyd's own step where one would
+    not. Optimal among its neighbours; the one optimum where the density is log-concave.
+    """
+    if count < 2 or count % 2:
+        raise BadInput(f"{count} levels: an even number of at least 2 is needed")
+    levels = _companded(distribution, count)
+    residual, jacobian = _cells(distribution, levels)
+    for _ in range(2000):
+        if float(residual.abs().max()) <= 1e-13 * float(levels[-1]):
+            break
+        newton = levels - torch.linalg.solve(jacobian, residual)
+        if bool((newton.diff(prepend=newton.new_zeros(1)) > 0).all()):
+            found = _cells(distribution, newton)
+            if float(found[0].abs().max()) < float(residual.abs().max()):
+                levels, (residual, jacobian) = newton, found
+                continue
+        if float(residual.abs().max()) <= 1e-11 * float(levels[-1]):
+            break  # what is left is rounding
+        levels = levels + residual
+        residual, jacobian = _cells(distribution, levels)
+    positive = levels.tolist()
+    return (*(-level for level in reversed(positive)), *positive)
+
+
+def _companded(distribution: Distribution, count: int) -> Tensor:
+    """Levels that split the cube root of the density evenly, which is optimal for many: those above 0."""
+    x = torch.cat([torch.zeros(1), torch.logspace(-4, 4, 8000)]).double()
+    density = distribution.density(x)
+    share = torch.cumulative_trapezoid(density.pow(1 / 3), x)
+    wanted = (torch.arange(count // 2, dtype=torch.float64) + 0.5) / (count // 2) * share[-1]
+    above = torch.searchsorted(share, wanted)
+    low, high = share[(above - 1).clamp(min=0)], share[above]
+    part = torch.where(above > 0, (wanted - low) / (high - low), wanted / high)
+    return torch.lerp(x[above], x[above + 1], part)
+
+
+def _cells(distribution: Distribution, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of each level's cell less the level, and the derivative of that by the levels."""
+    inner = (levels[1:] + levels[:-1]) / 2
+    ends = levels.new_tensor([0.0, math.inf])
+    zeroth, first, _ = (-tail.diff() for tail in distribution.tails(torch.cat([ends[:1], inner, ends[1:]])))
+    mean = first / zeroth
+    density = distribution.density(inner)
+    below = density * (mean[1:] - inner) / zeroth[1:] / 2  # by the lower edge, of all cells but the first
+    above = density * (inner - mean[:-1]) / zeroth[:-1] / 2
+    diagonal = -torch.ones_like(levels)
+    diagonal[1:] += below
+    diagonal[:-1] += above
+    return mean - levels, torch.diag(diagonal) + torch.diag(above, 1) + torch.diag(below, -1)
 
 
 @cache
@@ -64,17 +115,6 @@ def _gaussian_mean(a: float, b: float) -> tuple[float, float, float]:
     mass = (math.erfc(a / _SQRT2) - math.erfc(b / _SQRT2)) / 2
     mean = (density_a - density_b) / mass
     return mean, density_a * (mean - a) / mass, 0.0 if math.isinf(b) else density_b * (b - mean) / mass
-
-
-def _laplace_mean(a: float, b: float) -> tuple[float, float, float]:
-    """The same for the exponential density of rate sqrt(2)."""
-    rate, width = _SQRT2, b - a
-    if math.isinf(b):
-        return a + 1 / rate, 1.0, 0.0
-    gone = math.exp(-rate * width)
-    mass = -math.expm1(-rate * width)
-    mean = a + 1 / rate - width * gone / mass
-    return mean, rate * (mean - a) / mass, rate * gone * (b - mean) / mass
 
 
 def _symmetric(count: int, mean: _Mean, start: float) -> tuple[float, ...]:
