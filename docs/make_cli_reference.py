@@ -15,9 +15,12 @@ ENVIRONMENT = {"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1", "FEWB
 
 def reference() -> str:
     runner = CliRunner(env=ENVIRONMENT)
-    names = [command.name for command in app.registered_commands]
+    names = [[str(command.name)] for command in app.registered_commands]
+    for group in app.registered_groups:
+        assert group.typer_instance is not None
+        names += [[str(group.name), str(command.name)] for command in group.typer_instance.registered_commands]
     pages = [HEADER]
-    for arguments in ([], *([name] for name in names)):
+    for arguments in ([], *names):
         shown = runner.invoke(app, [*arguments, "--help"], prog_name="fewbits", catch_exceptions=False)
         title = " ".join(["fewbits", *arguments])
         body = "\n".join(line.rstrip() for line in shown.stdout.strip().splitlines())

@@ -15,6 +15,7 @@ from fewbits.cli.generate import generate
 from fewbits.cli.listing import listing
 from fewbits.cli.quantize import quantize
 from fewbits.cli.report import report
+from fewbits.cli.study import app as study
 
 app = typer.Typer(
     name="fewbits",
@@ -33,6 +34,7 @@ app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("list")(listing)
 app.command("demo")(demo)
+app.add_typer(study, name="study")
 
 
 def _version(asked: bool) -> None:

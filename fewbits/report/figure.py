@@ -87,7 +87,8 @@ def styled(colours: dict[str, str] | None = None) -> AbstractContextManager[None
     from matplotlib.colors import get_named_colors_mapping
 
     palette = _PLACEHOLDERS if colours is None else colours
-    get_named_colors_mapping().update({f"fewbits:{role}": palette[role] for role in _ROLES})
+    for role in _ROLES:  # one by one: only setting an item makes matplotlib forget the colour it had
+        get_named_colors_mapping()[f"fewbits:{role}"] = palette[role]
     context: AbstractContextManager[None] = matplotlib.rc_context(_STYLE)
     return context
 

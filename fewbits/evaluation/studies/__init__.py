@@ -9,7 +9,9 @@ from fewbits.evaluation.studies.record import Record, record
 
 STUDIES = Registry(
     "study",
-    {},
+    {
+        "formats": "fewbits.evaluation.studies.formats:study",
+    },
 )
 
 __all__ = ["STUDIES", "Record", "record"]
