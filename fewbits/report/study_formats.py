@@ -157,7 +157,7 @@ def _legend(canvas: Any, axis: Any, wide: bool, columns: int) -> None:
         handles,
         labels,
         loc="outside upper left",
-        ncols=columns if wide else max(2, columns // 2),
+        ncols=columns if wide else 3 if columns > 6 else 2,
         borderaxespad=0.0,
         handlelength=2.0,
     )
