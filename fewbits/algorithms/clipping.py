@@ -7,6 +7,7 @@ GPTQ's `mse` option; with importance = diag(H) the error counts where inputs are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,22 +36,42 @@ class RangeSearch:
         if importance is not None:
             weights = format.blocks(importance[None].to(blocks.dtype).expand_as(weight))
         low, high = torch.aminmax(blocks, dim=-1)
-        best_scale, best_zero = format.params_from_range(low, high)
-        best_loss = self._loss(blocks, format, best_scale, best_zero, weights)
-        for factor in torch.linspace(1, 1 - self.max_shrink, self.steps + 1).tolist()[1:]:
-            scale, zero = format.params_from_range(low * factor, high * factor)
-            loss = self._loss(blocks, format, scale, zero, weights)
-            better = loss < best_loss
-            best_loss = torch.where(better, loss, best_loss)
-            best_scale = torch.where(better, scale, best_scale)
-            if zero is not None and best_zero is not None:
-                best_zero = torch.where(better, zero, best_zero)
-        return best_scale, best_zero
+        factors = torch.linspace(1, 1 - self.max_shrink, self.steps + 1).tolist()
+        low, high, _ = best_factor(blocks, (low, high), factors, format, weights, self.norm)
+        return format.params_from_range(low, high)
 
-    def _loss(
-        self, blocks: Tensor, format: Format, scale: Tensor, zero: Tensor | None, weights: Tensor | None
-    ) -> Tensor:
-        snapped = format.snap(blocks, scale[..., None], None if zero is None else zero[..., None])
-        error = (blocks - snapped).abs_()
-        error = error.square_() if self.norm == 2 else error.pow_(self.norm)
-        return error.sum(-1) if weights is None else (error * weights).sum(-1)
+
+def best_factor(
+    blocks: Tensor,
+    range: tuple[Tensor, Tensor],
+    factors: Sequence[float],
+    format: Format,
+    weights: Tensor | None = None,
+    norm: float = 2.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `range` (low, high) times each of `factors` the one of least error per block, the first on a tie.
+
+    blocks: [..., n]; weights: how much each value counts, broadcasting.  Returns low, high and the error.
+    """
+    low, high = range
+    best_low, best_high = low * factors[0], high * factors[0]
+    best_loss = _loss(blocks, format, best_low, best_high, weights, norm)
+    for factor in factors[1:]:
+        tried_low, tried_high = low * factor, high * factor
+        loss = _loss(blocks, format, tried_low, tried_high, weights, norm)
+        better = loss < best_loss
+        best_loss = torch.where(better, loss, best_loss)
+        best_low, best_high = torch.where(better, tried_low, best_low), torch.where(better, tried_high, best_high)
+    return best_low, best_high, best_loss
+
+
+def _loss(blocks: Tensor, format: Format, low: Tensor, high: Tensor, weights: Tensor | None, norm: float) -> Tensor:
+    error = range_error(blocks, format, low, high)
+    error = error.square_() if norm == 2 else error.pow_(norm)
+    return error.sum(-1) if weights is None else (error * weights).sum(-1)
+
+
+def range_error(blocks: Tensor, format: Format, low: Tensor, high: Tensor) -> Tensor:
+    """|x - q(x)| of every value when each block covers [low, high]."""
+    scale, zero = format.params_from_range(low, high)
+    return (blocks - format.snap(blocks, scale[..., None], None if zero is None else zero[..., None])).abs_()

@@ -93,6 +93,19 @@ def methods() -> list[Row]:
     ]
 
 
+def ranges() -> list[Row]:
+    from fewbits.algorithms.ranges import RANGES
+
+    return [
+        {
+            "range estimator": name,
+            "options": ", ".join(field.name for field in dataclasses.fields(estimator)),
+            "what": (estimator.__doc__ or "").strip().split("\n")[0].rstrip("."),
+        }
+        for name, estimator in RANGES.items()
+    ]
+
+
 def kernels() -> list[Row]:
     import torch
 
@@ -138,6 +151,7 @@ def checkpoints() -> list[Row]:
 KINDS: dict[str, Callable[[], list[Row]]] = {
     "formats": formats,
     "methods": methods,
+    "ranges": ranges,
     "kernels": kernels,
     "schemes": schemes,
     "models": models,

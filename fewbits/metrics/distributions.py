@@ -32,7 +32,9 @@ Moments = tuple[Tensor, Tensor, Tensor]
 
 
 class Distribution(Protocol):
-    """Symmetric, mean 0, variance 1."""
+    """Symmetric, mean 0, variance 1; hashable, so that what is computed for it can be kept."""
+
+    def __hash__(self) -> int: ...
 
     def density(self, x: Tensor) -> Tensor:
         """The density at x >= 0, float64."""
