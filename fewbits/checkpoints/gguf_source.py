@@ -116,7 +116,7 @@ class GGUFSource:
         return found
 
     def _refuse_unreadable(self) -> None:
-        types = sorted({info.stored for info in self.file.tensors.values() if info.kind.decode is None})
+        types = sorted({info.stored for info in self.file.tensors.values() if not info.kind.readable})
         if types:
             raise Unsupported(
                 f"{self.path}: holds tensors of type {', '.join(types)}; fewbits reads "

@@ -17,6 +17,7 @@ Row = dict[str, Any]
 
 # Stands for the layers of a model of a few billion parameters; kernels refuse by divisibility, not by size.
 SHAPE = (4096, 4096)
+_OFFSETS = {(False, False): "-", (True, False): "zero point", (False, True): "minimum"}
 COMMON_FORMATS = (
     "int4-g64",
     "int4-g128",
@@ -63,7 +64,7 @@ def formats() -> list[Row]:
                 "bits": format.bits,
                 "levels": len(format.grid.levels),
                 "kind": format.grid.kind,
-                "zero point": "yes" if format.scaling.zero_point else "-",
+                "offset": _OFFSETS[format.scaling.zero_point, format.scaling.minimum],
                 "bits per weight": round(format.bits_per_weight(shape), 3),
             }
         )

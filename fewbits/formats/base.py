@@ -207,7 +207,8 @@ class Format:
         if not bool(torch.isfinite(w).all()):
             bad = int((~torch.isfinite(w)).sum())
             raise BadInput(f"{name}: {bad} of {w.numel()} values are NaN or infinite; repair the source tensor")
-        if self.grid.levels[0] >= 0 and not self.scaling.zero_point and bool((w < 0).any()):
+        moved = self.scaling.zero_point or self.scaling.minimum
+        if self.grid.levels[0] >= 0 and not moved and bool((w < 0).any()):
             raise BadInput(f"{name}: it has negative values, and {self.grid.name} has no level below 0")
 
     def check_shape(self, w: Tensor, name: str = "weight") -> None:
@@ -320,7 +321,7 @@ class Format:
     def expand(self, scale: Tensor, zero: Tensor | None, shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """Scale and zero per element of a matrix of `shape`, or broadcasting against it ([out, 1], [1, 1])."""
         size = self.scaling.group_size
-        if size is None:
+        if size is None or (self.scaling.block == "group" and size >= shape[1]):
             return scale, zero
         column = torch.arange(shape[1], device=scale.device) // size
         spread = scale[:, column], None if zero is None else zero[:, column]
@@ -376,10 +377,13 @@ class Format:
         # so x and the zero point do not interact.
         return scaled if zero is None else torch.round(scaled) + zero.to(dtype)
 
-    def quantize(self, w: Tensor, name: str = "weight") -> Quantized:
-        """Round-to-nearest of `w` [out, in] with min-max (absmax) ranges. BadInput for non-finite values."""
+    def quantize(self, w: Tensor, name: str = "weight", importance: Tensor | None = None) -> Quantized:
+        """Round-to-nearest of `w` [out, in] with min-max (absmax) ranges. BadInput for non-finite values.
+
+        importance: weight of each column's squared error, [in], for formats that fit or search something.
+        """
         self.check(w, name)
-        format = self.fitted(w)
+        format = self.fitted(w, importance)
         return format.quantize_with(w, *format.params(w))
 
     def quantize_with(self, w: Tensor, scale: Tensor, zero: Tensor | None) -> Quantized:

@@ -20,6 +20,7 @@ Source of the idea: I. Kawrakow, llama.cpp pull requests 1684 (k-quants) and 486
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +28,8 @@ from torch import Tensor
 
 from fewbits.core.errors import BadInput
 
-# Shrinking of a sub-block's range, lower and upper end, tried by the search.
-_AFFINE = ((1.0, 1.0), (0.95, 0.95), (0.9, 0.9), (0.85, 0.85), (0.95, 0.85), (0.85, 0.95), (0.8, 0.8), (0.7, 0.85))
-_AFFINE_COARSE = (*_AFFINE, (0.85, 0.7), (0.6, 0.6), (0.7, 0.7), (0.6, 0.8), (0.8, 0.6), (0.5, 0.5))
+# By the highest level: factors on each end of a sub-block's range, all pairs of which the search tries.
+_SHRUNK = {3: (1.0, 0.85, 0.7, 0.55), 15: (1.0, 0.94, 0.87, 0.78), 31: (1.0, 0.97, 0.93, 0.88)}
 # The level on which the largest weight is put, as a multiple of the lowest level.
 _SYMMETRIC = (1.0, 0.925, 1.075, 0.85, 1.15, 0.78, 1.25, 0.7)
 _REFITS = 2
@@ -108,8 +108,8 @@ class Columns:
             largest = torch.where(-low > high, low, high)
             return [(largest / (self.low * factor), None) for factor in _SYMMETRIC]
         low, high = low.clamp(max=0), high.clamp(min=0)
-        pairs = _AFFINE_COARSE if self.high < 8 else _AFFINE
-        return [((b * high - a * low) / self.high, -a * low) for a, b in pairs]
+        factors = _SHRUNK[int(self.high)]
+        return [((b * high - a * low) / self.high, -a * low) for a, b in itertools.product(factors, factors)]
 
     def search(self) -> tuple[Tensor, Tensor]:
         """Scale and minimum of each sub-block, before they are stored."""
@@ -173,9 +173,8 @@ def integers(value: Tensor, unit: Tensor, low: int, high: int) -> Tensor:
 
 def store(value: Tensor, low: int, high: int) -> Stored:
     """Scales or minima [S, G] of super-blocks as integers low ... high under one fp16 per row, by least squares."""
-    smallest, largest = torch.aminmax(value, dim=1, keepdim=True)
-    reach = torch.where(-smallest > largest, smallest / low, largest / high) if low == 0 else _signed(value) / low
-    reach = torch.where(reach.isfinite(), reach, torch.zeros_like(reach))
+    # With negative integers the largest goes on the lowest, which reaches one further than the highest.
+    reach = _signed(value) / (low or high)
     best: Stored | None = None
     for factor in (1.0, 0.97, 0.985, 1.015, 1.03):
         first = integers(value, reach * factor, low, high)

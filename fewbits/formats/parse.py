@@ -23,6 +23,7 @@ from fewbits.core.errors import BadInput, nearest_first, unknown
 from fewbits.formats.base import Format, Scaling
 from fewbits.formats.elements import ELEMENTS, NARROW, UNSIGNED
 from fewbits.formats.grid import Grid
+from fewbits.formats.kquant import FORMATS as GGUF
 from fewbits.formats.nvfp4 import LIMIT, FourOverSix
 from fewbits.formats.scales import DoubleScale, FloatScale, PlainScale, PowerScale, ScaleStore
 
@@ -54,6 +55,7 @@ NAMED: dict[str, str | Callable[[], Format]] = {
     "nvfp4": "fp4_e2m1-g16-e4m3",
     "nvfp4_4over6": _four_over_six,
     "fp8_block": "fp8_e4m3-tile128",
+    **GGUF,
 }
 
 

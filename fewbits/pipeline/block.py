@@ -151,10 +151,9 @@ def _distribution(weight: Tensor, part: Quantized) -> dict[str, Any]:
     bound = float(weight.abs().max()) or 1.0
     counts = torch.histc(weight.cpu(), _HISTOGRAM_BINS, -bound, bound)
     edges = torch.linspace(-bound, bound, _HISTOGRAM_BINS + 1)
-    levels = torch.tensor(part.format.grid.levels)
-    if part.zero is not None:
-        levels = levels - part.zero.float().median().cpu()
-    levels = levels * part.scale.float().median().cpu()
+    zero = None if part.zero is None else part.zero.float().median().cpu()
+    every = torch.arange(len(part.format.grid.levels), dtype=torch.uint8)
+    levels = part.format.decode(every, part.scale.float().median().cpu(), zero)
     return {
         "edges": [round(value, 8) for value in edges.tolist()],
         "counts": [int(value) for value in counts.tolist()],

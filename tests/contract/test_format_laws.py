@@ -14,10 +14,14 @@ from hypothesis import strategies as st
 from fewbits.core.errors import BadInput
 from fewbits.formats import Grid, Quantized, known_formats, parse_format
 from fewbits.formats.elements import ELEMENTS, NARROW, UNSIGNED
+from fewbits.formats.kquant import BlockFormat
 
 # What has no negative levels refuses weights that have them (tested below).
 FORMATS = [name for name in known_formats() if not name.startswith("dynamic8u")]
 GRIDS = {**ELEMENTS, **{grid.name: grid for table in (UNSIGNED, NARROW) for grid in table.values()}}
+# GGUF's types take whole blocks, and those ggml defines round with scales before they are stored: their laws are
+# in tests/golden/test_gguf_quantize.py.
+EXACT = [name for name in FORMATS if not isinstance(parse_format(name), BlockFormat)]
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -52,7 +56,7 @@ def test_snap_is_idempotent_monotone_and_nearest(name: str) -> None:
     assert torch.allclose((x - snapped).abs(), best, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", EXACT)
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_quantize_obeys_its_laws_at_any_shape(name: str, data: st.DataObject) -> None:
@@ -87,19 +91,19 @@ def test_quantize_obeys_its_laws_at_any_shape(name: str, data: st.DataObject) ->
 @pytest.mark.parametrize("name", FORMATS)
 def test_zeros_stay_zeros(name: str) -> None:
     format = parse_format(name)
-    w = torch.zeros(3, 200)
+    w = torch.zeros(3, 256)
     w[1, :64] = 0.3
     decoded = format.quantize(w).dequantize()
     assert bool((decoded[w == 0] == 0).all())
-    assert bool((format.quantize(torch.zeros(2, 130)).dequantize() == 0).all())
+    assert bool((format.quantize(torch.zeros(2, 256)).dequantize() == 0).all())
 
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_is_refused_by_name(name: str, value: float) -> None:
-    w = torch.ones(2, 128)
+    w = torch.ones(2, 256)
     w[1, 7] = value
-    with pytest.raises(BadInput, match=r"layer\.3: 1 of 256 values are NaN or infinite"):
+    with pytest.raises(BadInput, match=r"layer\.3: 1 of 512 values are NaN or infinite"):
         parse_format(name).quantize(w, "layer.3")
 
 
@@ -107,11 +111,11 @@ def test_non_finite_is_refused_by_name(name: str, value: float) -> None:
 @pytest.mark.parametrize("magnitude", [1e-44, 1e-38, 1e-30])
 def test_tiny_values_do_not_become_nan(name: str, magnitude: float) -> None:
     format = parse_format(name).with_scale_dtype(torch.float16)
-    decoded = format.quantize(torch.full((2, 128), magnitude)).dequantize()
+    decoded = format.quantize(torch.full((2, 256), magnitude)).dequantize()
     assert bool(torch.isfinite(decoded).all())
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", EXACT)
 def test_ragged_groups_equal_the_groups_alone(name: str) -> None:
     """The short last group is quantized exactly as if it were a tensor of its own."""
     format = parse_format(name)
@@ -129,7 +133,7 @@ def test_ragged_groups_equal_the_groups_alone(name: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_bits_per_weight_counts_what_is_stored(name: str) -> None:
     format = parse_format(name).with_scale_dtype(torch.bfloat16)
-    shape = (32, 640)
+    shape = (32, 768)
     state = format.quantize(torch.randn(shape)).to_state()
     stored = 8 * sum(t.numel() * t.element_size() for t in state.values()) / (shape[0] * shape[1])
     assert format.bits_per_weight(shape) == pytest.approx(stored, abs=0.02)

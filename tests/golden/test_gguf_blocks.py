@@ -12,7 +12,8 @@ from fewbits.core.errors import Unsupported
 
 NUMBERS = {kind.name: number for number, kind in TYPES.items()}
 QUANTIZABLE = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-ALL = (*QUANTIZABLE, "Q4_K", "Q5_K", "Q6_K")
+ALL = (*QUANTIZABLE, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+SCALES_AT = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "Q4_0": (0,), "Q5_0": (0,), "Q8_0": (0,)}
 
 
 def same_bits(ours: torch.Tensor, theirs: np.ndarray) -> bool:
@@ -40,7 +41,7 @@ def test_decodes_random_blocks(name: str) -> None:
     kind = TYPES[NUMBERS[name]]
     rng = np.random.default_rng(1)
     raw = rng.integers(0, 256, (40, kind.nbytes), dtype=np.uint8)
-    for offset in {"Q6_K": (208,), "Q4_0": (0,), "Q5_0": (0,), "Q8_0": (0,)}.get(name, (0, 2)):
+    for offset in SCALES_AT.get(name, (0, 2)):
         scales = rng.standard_normal(40).astype(np.float16)  # any bits would include infinities and NaN
         raw[:, offset : offset + 2] = scales.view(np.uint8).reshape(40, 2)
     theirs = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name])
