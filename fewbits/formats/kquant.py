@@ -106,6 +106,10 @@ class BlockFormat(Format):
         return self.block == self.scaling.group_size
 
     @property
+    def symmetric(self) -> bool:
+        return False  # signed scales: the side matters
+
+    @property
     def affine(self) -> bool:
         return self.scaling.minimum
 

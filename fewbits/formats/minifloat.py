@@ -39,11 +39,14 @@ class FloatGrid(Grid):
     def nearest(self, x: Tensor) -> Tensor:
         x = _working(x)
         _, power, shifted, shift = self._round(x)
-        fraction = 23 if x.dtype == torch.float32 else 52
-        steps = _bits(shifted).sub_(_bits(power)).sub_(shift << fraction)
-        offset = (127 if x.dtype == torch.float32 else 1023) - self.exponent_bias + 1
-        rank = steps.add_((_bits(power) >> fraction).sub_(offset).mul_(1 << self.mantissa_bits))
-        return torch.where(x < 0, -rank, rank).add_(len(self.levels) // 2).to(torch.uint8)
+        # Steps after p, and steps below p: (exponent of p, less that of the smallest) * 2**y.
+        fraction, scale = _bits(shifted), _bits(power)
+        bottom = ((127 if x.dtype == torch.float32 else 1023) - self.exponent_bias + 1) << self.mantissa_bits
+        rank = fraction.sub_(scale).add_(scale >> shift).sub_((shift << shift + self.mantissa_bits) + bottom)
+        # The sign in one byte per value: -1 or 0. torch.where takes ten times as long.
+        negative = (_bits(x) >> (8 * x.element_size() - 1)).to(torch.int8)
+        signed = rank.to(torch.int8).bitwise_xor_(negative).sub_(negative)
+        return signed.view(torch.uint8).add_(len(self.levels) // 2)
 
     def snap(self, x: Tensor) -> Tensor:
         x = _working(x)

@@ -34,17 +34,20 @@ class FourOverSix(Format):
 
     def fitted(self, w: Tensor, importance: Tensor | None = None) -> Format:
         """This format with the outer scale of `w`, which every block's choice depends on."""
-        low, high = torch.aminmax(self.blocks(w.float()), dim=-1)
-        outer = FloatScale(LIMIT).outer(torch.maximum(-low, high) / self.grid.top)
+        outer = FloatScale(LIMIT).outer(self.ranges(w.float())[1] / self.grid.top)
         store = FloatScale(LIMIT, float(outer))
         return dataclasses.replace(self, scaling=dataclasses.replace(self.scaling, store=store))
 
     def params(self, w: Tensor) -> tuple[Tensor, Tensor | None]:
-        blocks = self.blocks(w.float())
-        low, high = torch.aminmax(blocks, dim=-1)
-        best, _ = self.params_from_range(low, high)
-        other, _ = self.params_from_range(low * FOUR, high * FOUR)
-        return torch.where(self._error(blocks, other) < self._error(blocks, best), other, best), None
+        parts = [self._row_params(w[rows].float()) for rows in self._slices((w.shape[0], w.shape[1]), w.device)]
+        return torch.cat(parts), None
+
+    def _row_params(self, w: Tensor) -> Tensor:
+        low, high = self._row_ranges(w)
+        six, _ = self.params_from_range(low, high)
+        four, _ = self.params_from_range(low * FOUR, high * FOUR)
+        blocks = self.blocks(w)
+        return torch.where(self._error(blocks, four) < self._error(blocks, six), four, six)
 
     def _error(self, blocks: Tensor, scale: Tensor) -> Tensor:
-        return (blocks - self.snap(blocks, scale[..., None], None)).square().sum(-1)
+        return self.snap(blocks, scale[..., None], None).sub_(blocks).square_().sum(-1)

@@ -42,6 +42,13 @@ def test_arithmetic_equals_the_table_bit_for_bit(name: str) -> None:
         assert torch.equal(grid.snap(x.to(dtype)), table(grid).snap(x.to(dtype)))
         assert torch.equal(grid.nearest(x.to(dtype)), table(grid).nearest(x.to(dtype)))
     assert torch.equal(grid.value(grid.nearest(x)), grid.snap(x) + 0.0)
+    # Many values are looked up by cells of float32, few by bisection.
+    extremes = torch.tensor([torch.inf, -torch.inf, 1e-45, -1e-45, 3e38, -3e38])
+    wild = torch.randn(20011, generator=torch.Generator().manual_seed(0)).mul(30).exp()
+    x = torch.cat([x, extremes, wild, -wild])
+    few = torch.cat([table(grid).nearest(part) for part in x.split(1000)])
+    assert torch.equal(table(grid).nearest(x), few)
+    assert torch.equal(grid.nearest(x), few)
 
 
 @pytest.mark.parametrize("name", GRIDS)
