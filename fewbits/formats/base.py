@@ -42,6 +42,7 @@ _SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Elements worked on at once: on a CPU a few passes over them stay in a core's cache; elsewhere, few launches.
 _CHUNK = {"cpu": 1 << 18}
 _LARGE_CHUNK = 1 << 24
+_NARROW = 32  # columns: along narrower blocks a reduction costs more than a pass that writes magnitudes first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,15 +283,22 @@ class Format:
 
     def _row_ranges(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """`ranges` of each row's own blocks. One extreme at a time: torch's aminmax takes four times as long."""
-        values, width = w.abs() if self.symmetric else w, self.scaling.width(w.shape[1])
+        width = self.scaling.width(w.shape[1])
         rest = w.shape[1] % width
 
         def extreme(of: Callable[..., Tensor]) -> Tensor:
-            found = of(values[:, : w.shape[1] - rest].unflatten(1, (-1, width)), dim=-1)
-            return torch.cat([found, of(values[:, -rest:], dim=1, keepdim=True)], dim=1) if rest else found
+            found = of(w[:, : w.shape[1] - rest].unflatten(1, (-1, width)), dim=-1)
+            return torch.cat([found, of(w[:, -rest:], dim=1, keepdim=True)], dim=1) if rest else found
 
-        high = extreme(torch.amax)
-        return -high if self.symmetric else extreme(torch.amin), high
+        if self.symmetric and width < _NARROW:
+            w = w.abs()
+            high = extreme(torch.amax)
+            return -high, high
+        low, high = extreme(torch.amin), extreme(torch.amax)
+        if self.symmetric:
+            high = torch.maximum(-low, high)
+            low = -high
+        return low, high
 
     def params(self, w: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and zero of each block of `w` [out, in] by its minimum and maximum (absmax if symmetric)."""
