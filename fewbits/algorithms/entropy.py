@@ -23,8 +23,10 @@ from torch import Tensor
 
 from fewbits.algorithms.ranges import Range, within
 from fewbits.calibration.histogram import Histogram
-from fewbits.core.errors import BadInput
+from fewbits.core.errors import BadInput, Unsupported
 from fewbits.formats import Format
+
+MOST_BLOCKS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,13 @@ class KL:
             raise BadInput(f"{self.bins} bins: at least 2 are needed")
 
     def of_blocks(self, blocks: Tensor, format: Format) -> Range:
-        """One histogram per block, from 0 to its largest magnitude."""
+        """One histogram per block, from 0 to its largest magnitude. Unsupported for more than `MOST_BLOCKS` of them."""
+        count = blocks.shape[:-1].numel()
+        if count > MOST_BLOCKS:
+            raise Unsupported(
+                f"range estimator kl compares some 2000 histograms for each of {count} blocks, which takes hours for a "
+                "model: use mse, or a format with one scale per tensor"
+            )
         low, high = torch.aminmax(blocks.float(), dim=-1)
         flat = blocks.float().abs().reshape(-1, blocks.shape[-1])
         kept = [self._magnitude(block, format) for block in flat]

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fewbits.algorithms.base import Solved, proxy_loss
 from fewbits.algorithms.clipping import RangeSearch
+from fewbits.algorithms.ranges import RANGES, range_params
 from fewbits.core.errors import BadInput, FewbitsError
 from fewbits.formats import Format, Quantized
 from fewbits.formats.scales import State
@@ -41,7 +42,8 @@ class GPTQ:
 
     damping: share of the mean of diag(H) added to the diagonal.  block_size: columns per lazy update.
     act_order: most important columns first (implies static_groups).  static_groups: ranges fixed up front.
-    search: range search for the groups, None for min-max.  max_retries: how often damping may grow tenfold.
+    search: range search for the groups, None for min-max.  range: an estimator of ranges.py in its place.
+    max_retries: how often damping may grow tenfold.
     """
 
     statistics: ClassVar[frozenset[str]] = frozenset({"hessian"})
@@ -51,6 +53,7 @@ class GPTQ:
     act_order: bool = True
     static_groups: bool = True
     search: RangeSearch | None = field(default_factory=RangeSearch)
+    range: str | None = None
     max_retries: int = 3
 
     def __post_init__(self) -> None:
@@ -58,6 +61,8 @@ class GPTQ:
             raise BadInput(f"damping {self.damping}; a positive share of mean(diag H), e.g. 0.01")
         if self.block_size < 1:
             raise BadInput(f"block size {self.block_size}; at least 1 column per update")
+        if self.range is not None:
+            RANGES.get(self.range)
         if self.act_order and not self.static_groups:
             raise BadInput("act_order needs static_groups: without them columns of one group would be scattered")
 
@@ -89,6 +94,8 @@ class GPTQ:
         return self.static_groups or format.scaling.group_size is None or format.nested
 
     def _params(self, weight: Tensor, format: Format, hessian: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.range is not None:
+            return range_params(self.range, weight, format)
         if self.search is None:
             return format.params(weight)
         return self.search.params(weight, format, hessian.diagonal())
@@ -186,6 +193,8 @@ class GPTQ:
         return group
 
     def _group_params(self, group: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
+        if self.range is not None:
+            return range_params(self.range, group, format)
         low, high = torch.aminmax(group, dim=1, keepdim=True)
         if self.search is None:
             return format.params_from_range(low, high)

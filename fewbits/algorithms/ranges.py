@@ -50,6 +50,15 @@ RANGES = Registry(
 )
 
 
+def range_params(estimator: str, weight: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero of each block of `weight` [out, in] by the estimator of that name.
+
+    Raises BadInput for a name that is not in RANGES.
+    """
+    low, high = RANGES.get(estimator)().of_blocks(format.blocks(weight), format)
+    return format.params_from_range(low, high)
+
+
 class RangeEstimator(Protocol):
     """What the classes in RANGES offer."""
 

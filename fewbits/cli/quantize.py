@@ -38,6 +38,9 @@ def quantize(
         bool | None, typer.Option("--act-order/--no-act-order", help="GPTQ: most important inputs first.")
     ] = None,
     damp: Annotated[float | None, typer.Option(help="GPTQ: damping, as a share of mean(diag H).")] = None,
+    range: Annotated[
+        str | None, typer.Option(help="How the range of a group is found: see `fewbits list ranges`.")
+    ] = None,
     eval_samples: Annotated[
         int | None, typer.Option(help="Held-out sequences to measure the loss on while quantizing; 0: none.")
     ] = None,
@@ -56,7 +59,7 @@ def quantize(
         "ignore": ignore,
         "eval_samples": eval_samples,
     }
-    options = {"act_order": act_order, "damping": damp}
+    options = {"act_order": act_order, "damping": damp, "range": range}
     with ProgressBar() as bar:
         path = run(
             model,

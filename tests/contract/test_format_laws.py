@@ -63,6 +63,30 @@ def test_snap_is_idempotent_monotone_and_nearest(name: str) -> None:
     assert torch.allclose((x - snapped).abs(), best, atol=1e-12, rtol=0)
 
 
+_EXPONENTS = st.integers(-149, 127)
+_EXTREMES = st.builds(
+    lambda sign, fraction, exponent: sign * math.ldexp(1 + fraction / 16, exponent),
+    st.sampled_from([1.0, -1.0]),
+    st.integers(0, 15),
+    _EXPONENTS,
+)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@settings(max_examples=15, deadline=None)
+@given(values=st.lists(st.one_of(_EXTREMES, st.floats(width=32, allow_nan=False)), min_size=1, max_size=64))
+def test_denormals_and_extremes_go_to_the_nearest_level(name: str, values: list[float]) -> None:
+    grid = GRIDS[name]
+    x = torch.tensor(values, dtype=torch.float64).float()
+    assert torch.equal(grid.nearest(x), table(grid).nearest(x))
+    assert torch.equal(grid.snap(x) + 0.0, table(grid).snap(x) + 0.0)
+    levels = torch.tensor(grid.levels, dtype=torch.float64)
+    inside = x.double().clamp(levels[0], levels[-1])
+    best = (inside[:, None] - levels).abs().amin(1)
+    assert bool(((grid.snap(x).double() - inside).abs() <= best + 1e-7 * inside.abs()).all())
+    assert torch.equal(grid.snap(x).double(), levels.float().double()[grid.nearest(x).long()] + 0.0)
+
+
 @pytest.mark.parametrize("name", EXACT)
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -164,3 +165,19 @@ def test_lloyd_max_of_any_distribution_is_the_published_one(count: int) -> None:
 def test_an_odd_number_of_levels_is_refused() -> None:
     with pytest.raises(BadInput, match="even number"):
         lloyd_max.of(Gaussian(), 3)
+
+
+def test_the_order_of_8_bit_formats_on_the_gaussian() -> None:
+    """Van Baalen et al. 2023: E2M5 is best, then INT8; every further exponent bit costs."""
+    names = ("fp8_e2m5", "int8_narrow", "fp8_e3m4", "fp8_e4m3_finite", "fp8_e5m2_finite")
+    grids = {**ELEMENTS, "int8_narrow": NARROW["int8"]}
+    errors = [best_scale(Gaussian(), grids[name].levels)[1] for name in names]
+    gaps = [decibels(a) - decibels(b) for a, b in itertools.pairwise(errors)]
+    assert gaps == pytest.approx([2.13, 2.98, 6.01, 5.97], abs=0.05)
+
+
+def test_no_scalar_format_beats_the_rate_distortion_bound() -> None:
+    for grid in ELEMENTS.values():
+        _, error = best_scale(Gaussian(), grid.levels)
+        assert error >= 4.0**-grid.bits
+        assert error >= float(squared_error(Gaussian(), lloyd_max.gaussian(1 << grid.bits), ONE)) * (1 - 1e-9)

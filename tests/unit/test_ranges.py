@@ -12,9 +12,11 @@ from torch import Tensor
 
 from fewbits.algorithms.clipping import RangeSearch, range_error
 from fewbits.algorithms.entropy import KL, threshold
+from fewbits.algorithms.gptq import GPTQ
 from fewbits.algorithms.ranges import MSE, RANGES, AbsMax, ExponentBias, Percentile, TFEnhanced
+from fewbits.algorithms.rtn import RTN
 from fewbits.calibration.histogram import Histogram
-from fewbits.core.errors import BadInput, FewbitsError
+from fewbits.core.errors import BadInput, FewbitsError, Unsupported
 from fewbits.formats import parse_format
 from fewbits.metrics.distributions import Gaussian, best_scale
 
@@ -247,3 +249,22 @@ def test_absmax_of_a_histogram_is_exact() -> None:
     values = gaussian(1000)
     low, high = AbsMax().of_histogram(histogram_of(values), INT8)
     assert (float(low), float(high)) == (float(values.min()), float(values.max()))
+
+
+@pytest.mark.parametrize("name", list(RANGES))
+@pytest.mark.parametrize("method", [RTN, GPTQ])
+def test_methods_take_their_ranges_from_an_estimator(name: str, method: type) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(16, 256, generator=generator), torch.randn(512, 256, generator=generator)
+    options = {} if method is RTN else {"static_groups": False, "act_order": False}
+    formats = ["int8-tensor"] if name == "kl" else ["int4-channel", "int4-asym-g128", "q4_k", "nf4-g64-dq"]
+    for format in formats:
+        q = method(range=name, **options).solve(weight, parse_format(format), x.T @ x, "layer").quantized
+        assert float((q.dequantize() - weight).square().mean()) < 0.1
+    with pytest.raises(BadInput, match=r"range estimator 'mean'.*mse"):
+        method(range="mean")
+
+
+def test_a_histogram_for_every_group_is_refused() -> None:
+    with pytest.raises(Unsupported, match="use mse"):
+        RTN(range="kl").solve(torch.randn(16, 512), parse_format("int8-g64"), None, "layer")
