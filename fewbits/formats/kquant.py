@@ -37,6 +37,8 @@ from fewbits.formats.scales import Layout, State
 
 _CHUNK = 1 << 18  # weights searched at once: their temporaries stay in a cache
 _F16 = 16
+# The float32 below 0.5: added before truncation it rounds as C's roundf does, also next to a tie.
+_BELOW_HALF = 0.49999997
 
 
 @dataclass(frozen=True)
@@ -248,10 +250,14 @@ class BlockFormat(Format):
         inverse = torch.where(inverse.isfinite(), inverse, torch.zeros_like(inverse))
         scaled = ((blocks - low) if self.affine else blocks) * inverse
         if self.name == "q8_0":  # rounded half away from zero
-            whole = scaled.trunc()
-            codes = (whole + (2 * (scaled - whole)).trunc() - bottom).to(torch.uint8)
+            scaled.add_(scaled.new_tensor(_BELOW_HALF).copysign(scaled))
         else:
-            codes = scaled.add_(offset).to(torch.uint8).clamp_(max=int(top - bottom))
+            scaled.add_(offset)
+        # By way of int16, which truncates: no vector instruction takes floats to uint8.
+        codes = scaled.to(torch.int16)
+        if self.name == "q8_0":
+            codes.sub_(int(bottom))
+        codes = codes.clamp_(max=int(top - bottom)).to(torch.uint8)
         shape = self.parameter_shape((w.shape[0], w.shape[1]))
         state = {"scale": half(scale).view(shape)}
         if self.affine:
