@@ -4,11 +4,13 @@ For inputs X [tokens, channels] of one linear, or of one block, the sums kept ar
 
     absmax_c   = max_t |x_tc|            mean_square_c = mean_t x_tc^2
     large_c    = share of tokens with |x_tc| >= 6       position_p = max over windows and channels at position p
+    relative_c = share of tokens with |x_tc| >= 6 rms(x_t)
 
 LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339) calls a hidden dimension an *outlier feature* when its
 magnitude reaches 6 at one and the same dimension, in at least 25 % of the layers and 6 % of the tokens. The
 threshold is theirs: below it, 8-bit rounding of what remains was found to cost nothing. It is an absolute
-number and depends on how a model was scaled; the criterion is a convention, not a law.
+number and depends on how a model was scaled; the criterion is a convention, not a law. `relative` measures a value by
+the rms of its own token instead, which no scale changes; behind a norm of unit gain the two are the same.
 
 Memory is O(channels) a layer, whatever the length of the text.
 """
@@ -37,6 +39,7 @@ class ChannelStats:
         self.absmax = torch.zeros(channels)
         self.squares = torch.zeros(channels, dtype=torch.float64)
         self.large_tokens = torch.zeros(channels, dtype=torch.int64)
+        self.relative_tokens = torch.zeros(channels, dtype=torch.int64)
         self.positions = torch.zeros(0)
         self.tokens = 0
 
@@ -51,6 +54,8 @@ class ChannelStats:
         self.absmax = torch.maximum(self.absmax, rows.amax(dim=0).cpu())
         self.squares += rows.double().square().sum(dim=0).cpu()
         self.large_tokens += (rows >= THRESHOLD).sum(dim=0).cpu()
+        rms = rows.square().mean(dim=1, keepdim=True).sqrt()
+        self.relative_tokens += (rows >= THRESHOLD * rms.clamp(min=torch.finfo(rms.dtype).tiny)).sum(dim=0).cpu()
         self.tokens += len(rows)
 
     def _add_positions(self, found: Tensor) -> None:
@@ -65,6 +70,11 @@ class ChannelStats:
         return self.large_tokens.double() / max(self.tokens, 1)
 
     @property
+    def relative_share(self) -> Tensor:
+        """Share of the tokens in which each channel reaches the threshold times the token's rms, float64 [channels]."""
+        return self.relative_tokens.double() / max(self.tokens, 1)
+
+    @property
     def mean_square(self) -> Tensor:
         """Mean square of each channel, float64 [channels]."""
         return self.squares / max(self.tokens, 1)
@@ -75,15 +85,17 @@ class ChannelStats:
             raise FewbitsError(f"{name}: activations are NaN or infinite; run in float32 or bfloat16")
 
 
-def outlier_dimensions(streams: Sequence[ChannelStats]) -> list[int]:
+def outlier_dimensions(streams: Sequence[ChannelStats], *, relative: bool = False) -> list[int]:
     """The outlier features among the dimensions that `streams`, one entry a layer, have in common.
 
     A layer counts for a dimension when it reaches the threshold in at least 6 % of the layer's tokens, and a
     dimension counts when at least 25 % of the layers do. Ordered by the mean over layers of their absmax.
+    relative: a value is measured by the rms of its token.
     """
     if not streams:
         return []
-    layers = torch.stack([stats.large_share >= TOKEN_SHARE for stats in streams]).double().mean(dim=0)
+    shares = [stats.relative_share if relative else stats.large_share for stats in streams]
+    layers = torch.stack([share >= TOKEN_SHARE for share in shares]).double().mean(dim=0)
     strength = torch.stack([stats.absmax for stats in streams]).mean(dim=0)
     found = (layers >= LAYER_SHARE).nonzero().flatten().tolist()
     return sorted(found, key=lambda dimension: -float(strength[dimension]))

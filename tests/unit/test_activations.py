@@ -32,6 +32,8 @@ def test_batches_add_up_to_the_definition() -> None:
     assert torch.equal(stats.absmax, rows.abs().amax(dim=0))
     assert torch.equal(stats.positions, x.abs().amax(dim=(0, 2)))
     torch.testing.assert_close(stats.large_share, (rows.abs() >= 6).double().mean(dim=0))
+    relative = rows.abs() >= 6 * rows.square().mean(dim=1, keepdim=True).sqrt()
+    torch.testing.assert_close(stats.relative_share, relative.double().mean(dim=0))
     torch.testing.assert_close(stats.mean_square, rows.double().square().mean(dim=0))
 
 
