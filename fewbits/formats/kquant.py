@@ -35,7 +35,9 @@ from fewbits.formats.grid import integer_grid
 from fewbits.formats.kquant_search import Columns, Stored, descend, half, store
 from fewbits.formats.scales import Layout, State
 
-_CHUNK = 1 << 18  # weights searched at once: their temporaries stay in a cache
+# Weights searched at once: on a CPU their temporaries stay in a cache; elsewhere, few launches.
+_CHUNK = {"cpu": 1 << 18}
+_LARGE_CHUNK = 1 << 23
 _F16 = 16
 # The float32 below 0.5: added before truncation it rounds as C's roundf does, also next to a tie.
 _BELOW_HALF = 0.49999997
@@ -200,7 +202,7 @@ class BlockFormat(Format):
         return (importance / importance.mean().clamp(min=1e-30)).clamp(min=1e-6)
 
     def _chunks(self, w: Tensor) -> list[slice]:
-        step = max(1, _CHUNK // w.shape[1])
+        step = max(1, _CHUNK.get(w.device.type, _LARGE_CHUNK) // w.shape[1])
         return [slice(start, start + step) for start in range(0, w.shape[0], step)]
 
     def _columns(self, w: Tensor, v: Tensor | None) -> Columns:
