@@ -6,6 +6,8 @@ METHODS = Registry(
     "method",
     {
         "gptq": "fewbits.algorithms.gptq:GPTQ",
+        "gptaq": "fewbits.algorithms.gptaq:GPTAQ",
         "rtn": "fewbits.algorithms.rtn:RTN",
+        "refine": "fewbits.algorithms.refine:Refine",
     },
 )

@@ -1,20 +1,36 @@
-"""What a weight method is: a frozen dataclass of options with one `solve`.
+"""What a method is, and what methods share.
 
-A method declares in `statistics` what calibration must collect; calibration collects the union once. The
-objective every calibrated method is judged by is the layer's output error over the calibration tokens,
+`fewbits quantize --method rotate,awq,gptq,refine` names steps that are taken in the order of their roles:
+
+| role | does | offers |
+|---|---|---|
+| transform | changes a block so that it computes the same and quantizes better | `apply(block)` |
+| weights | turns a weight into codes; exactly one, `rtn` if none is named | `solve(weight, format, inputs, name)` |
+| refine | improves codes and scales that are there | `refine(solved, weight, inputs, name)` |
+
+Each step is a frozen dataclass of options that says in `statistics` what calibration must collect; calibration
+collects the union once. The objective every calibrated step is judged by is the layer's output error over the
+calibration tokens,
 
     ||X (W - Q)^T||^2  =  n/2 * tr(dW H dW^T),     H = (2/n) sum x x^T.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fewbits.calibration.collect import Ref
+from fewbits.calibration.stats import Inputs
+from fewbits.core.errors import BadInput, FewbitsError
 from fewbits.formats import Format, Quantized
+from fewbits.models.topology import Topology
+
+ROLES = ("transform", "weights", "refine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +48,72 @@ class Solved:
     zero_loss: Tensor | None = None
 
 
-class WeightMethod(Protocol):
-    """Turns a weight [out, in] into codes of `format`; leaves its inputs alone."""
+class Step(Protocol):
+    """What all steps have."""
 
+    role: ClassVar[str]
     statistics: ClassVar[frozenset[str]]
 
-    def solve(self, weight: Tensor, format: Format, hessian: Tensor | None, name: str) -> Solved: ...
+
+class WeightMethod(Step, Protocol):
+    """Turns a weight [out, in] into codes of `format`; leaves its inputs alone."""
+
+    def solve(self, weight: Tensor, format: Format, inputs: Inputs, name: str) -> Solved: ...
+
+
+class Refinement(Step, Protocol):
+    """Improves `solved`, the codes of `weight` [out, in], by the same objective; never makes it worse."""
+
+    def refine(self, solved: Solved, weight: Tensor, inputs: Inputs, name: str) -> Solved: ...
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """Linears that receive one and the same input, and what is known of it."""
+
+    refs: Sequence[Ref]
+    inputs: Inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A resident block as a transform sees it.
+
+    stages: in the order they run. A transform that changes what flows into a stage changes its `inputs` with it.
+    topology: None for a family that no table lists; transforms then do nothing and say so.
+    """
+
+    name: str
+    module: nn.Module
+    topology: Topology | None
+    stages: Sequence[Stage]
+    format: Format
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transformed:
+    """What a transform did. changed: parameters of the block, by name, that are not weights of its linears and have
+    new values (norms, biases); notes: what the user should know, by the name of a linear."""
+
+    changed: frozenset[str] = frozenset()
+    notes: dict[str, list[str]] = field(default_factory=dict)
+
+
+class Transform(Step, Protocol):
+    """Changes the parameters of a block in place so that it computes the same function."""
+
+    def apply(self, block: Block) -> Transformed: ...
+
+
+def need_hessian(inputs: Inputs, method: str, name: str) -> Tensor:
+    """The Hessian of `inputs`; BadInput where there was no calibration, FewbitsError where it overflowed."""
+    if inputs.hessian is None:
+        raise BadInput(f"{name}: {method} needs calibration; pass text or use method 'rtn'")
+    if not bool(torch.isfinite(inputs.hessian).all()):
+        raise FewbitsError(
+            f"{name}: the calibration inputs overflowed (NaN or infinite Hessian); calibrate in float32 or bfloat16"
+        )
+    return inputs.hessian
 
 
 def proxy_loss(delta: Tensor, hessian: Tensor) -> Tensor:

@@ -28,9 +28,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewbits.algorithms.base import Solved, proxy_loss
+from fewbits.algorithms.base import Solved, need_hessian, proxy_loss
 from fewbits.algorithms.clipping import RangeSearch
 from fewbits.algorithms.ranges import RANGES, range_params
+from fewbits.calibration.stats import Inputs
 from fewbits.core.errors import BadInput, FewbitsError
 from fewbits.formats import Format, Quantized
 from fewbits.formats.scales import State
@@ -46,6 +47,7 @@ class GPTQ:
     max_retries: how often damping may grow tenfold.
     """
 
+    role: ClassVar[str] = "weights"
     statistics: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
     damping: float = 0.01
@@ -66,19 +68,14 @@ class GPTQ:
         if self.act_order and not self.static_groups:
             raise BadInput("act_order needs static_groups: without them columns of one group would be scattered")
 
-    def solve(self, weight: Tensor, format: Format, hessian: Tensor | None, name: str) -> Solved:
-        """Codes for `weight` [out, in] given `hessian` [in, in] (float32 or float64, undamped).
+    def solve(self, weight: Tensor, format: Format, inputs: Inputs, name: str) -> Solved:
+        """Codes for `weight` [out, in] given the Hessian of `inputs` [in, in] (float32 or float64, undamped).
 
         Works in float64 if the weight is float64, else float32 (the factorisation always in float64).
         Raises BadInput for non-finite values, FewbitsError when no damping makes the Hessian factorable.
         """
-        if hessian is None:
-            raise BadInput(f"{name}: GPTQ needs calibration; pass text or use method 'rtn'")
+        hessian = need_hessian(inputs, type(self).__name__, name)
         format.check(weight, name)
-        if not bool(torch.isfinite(hessian).all()):
-            raise FewbitsError(
-                f"{name}: the calibration inputs overflowed (NaN or infinite Hessian); calibrate in float32 or bfloat16"
-            )
         weight = weight if weight.dtype == torch.float64 else weight.float()
         order = torch.arange(weight.shape[1], device=weight.device)
         if self.act_order:
@@ -86,8 +83,19 @@ class GPTQ:
         upper, notes = self.factor(hessian[order][:, order], name)
         format = format.fitted(weight, hessian.diagonal())
         params = self._params(weight, format, hessian) if self._static(format) else None
-        quantized = self._sweep(weight, format, upper.to(weight.dtype), order, params)
-        return self._keep_better(weight, format, hessian, quantized, notes, name)
+        pull = self._pull(inputs, upper, order)
+        pull = None if pull is None else pull.to(weight.dtype)
+        quantized = self._sweep(weight, format, upper.to(weight.dtype), order, params, pull)
+        return self._keep_better(weight, format, inputs, quantized, notes, name)
+
+    def _pull(self, inputs: Inputs, upper: Tensor, order: Tensor) -> Tensor | None:
+        """P [in, in], strictly upper: w_j += w_i P_ij for every j > i, besides the error's update (GPTAQ)."""
+        return None
+
+    def _objective(self, delta: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
+        """What is minimised, per row, for an error `delta` [out, in] of `weight`."""
+        assert inputs.hessian is not None
+        return proxy_loss(delta, inputs.hessian)
 
     def _static(self, format: Format) -> bool:
         # Scales that share something are decided together, before the first column is.
@@ -136,6 +144,7 @@ class GPTQ:
         upper: Tensor,
         order: Tensor,
         params: tuple[Tensor, Tensor | None] | None,
+        pull: Tensor | None = None,
     ) -> Quantized:
         columns = weight.shape[1]
         # Transposed, so that a column of W is a contiguous row: the inner loop touches one after another.
@@ -159,7 +168,7 @@ class GPTQ:
             errors = torch.empty_like(block)
             for i in range(start, stop):
                 if params is None and i % size == 0:
-                    group = self._current(remaining, errors, upper, start, stop, i, min(i + size, columns))
+                    group = self._current(remaining, errors, upper, pull, start, stop, i, min(i + size, columns))
                     scale, zero = self._group_params(group.t(), format)
                     scales.append(scale)
                     if zero is not None:
@@ -174,8 +183,12 @@ class GPTQ:
                 errors[i - start] = error
                 if i + 1 < stop:
                     block[i + 1 - start :].addr_(upper[i, i + 1 : stop], error, alpha=-1)
+                    if pull is not None:
+                        block[i + 1 - start :].addr_(pull[i, i + 1 : stop], column)
             if stop < columns:
                 remaining[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+                if pull is not None:
+                    remaining[stop:].addmm_(pull[start:stop, stop:].t(), block)
         if params is None:
             params = torch.cat(scales, dim=1), torch.cat(zeros, dim=1) if zeros else None
         restored = torch.empty_like(codes)
@@ -184,12 +197,21 @@ class GPTQ:
 
     @staticmethod
     def _current(
-        remaining: Tensor, errors: Tensor, upper: Tensor, start: int, stop: int, first: int, last: int
+        remaining: Tensor,
+        errors: Tensor,
+        upper: Tensor,
+        pull: Tensor | None,
+        start: int,
+        stop: int,
+        first: int,
+        last: int,
     ) -> Tensor:
         """Columns [first, last) as they stand now: those past this block still owe its errors so far."""
         group = remaining[first:last].clone()
         if last > stop and first > start:
             group[stop - first :] -= upper[start:first, stop:last].t() @ errors[: first - start]
+            if pull is not None:
+                group[stop - first :] += pull[start:first, stop:last].t() @ remaining[start:first]
         return group
 
     def _group_params(self, group: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
@@ -204,16 +226,17 @@ class GPTQ:
         self,
         weight: Tensor,
         format: Format,
-        hessian: Tensor,
+        inputs: Inputs,
         quantized: Quantized,
         notes: list[str],
         name: str,
     ) -> Solved:
+        assert inputs.hessian is not None
         nearest = format.quantize(weight, name)
-        loss = proxy_loss(weight - quantized.dequantize(weight.dtype), hessian)
-        rtn_loss = proxy_loss(weight - nearest.dequantize(weight.dtype), hessian)
-        if rtn_loss.sum() < loss.sum():
-            quantized, loss = nearest, rtn_loss
+        ours, rounded = (weight - found.dequantize(weight.dtype) for found in (quantized, nearest))
+        rtn_loss = proxy_loss(rounded, inputs.hessian)
+        if self._objective(rounded, weight, inputs).sum() < self._objective(ours, weight, inputs).sum():
+            quantized, ours = nearest, rounded
             notes = [*notes, "round-to-nearest was better and was kept"]
-        zero_loss = proxy_loss(weight, hessian)
+        loss, zero_loss = proxy_loss(ours, inputs.hessian), proxy_loss(weight, inputs.hessian)
         return Solved(quantized=quantized, notes=notes, loss=loss, rtn_loss=rtn_loss, zero_loss=zero_loss)

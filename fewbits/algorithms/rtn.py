@@ -15,6 +15,7 @@ from torch import Tensor
 from fewbits.algorithms.base import Solved
 from fewbits.algorithms.clipping import RangeSearch
 from fewbits.algorithms.ranges import RANGES, range_params
+from fewbits.calibration.stats import Inputs
 from fewbits.formats import Format
 
 
@@ -22,6 +23,7 @@ from fewbits.formats import Format
 class RTN:
     """Round to nearest with min-max (absmax) ranges, searched ones, or those of the estimator called `range`."""
 
+    role: ClassVar[str] = "weights"
     statistics: ClassVar[frozenset[str]] = frozenset()
 
     search: RangeSearch | None = None
@@ -31,7 +33,7 @@ class RTN:
         if self.range is not None:
             RANGES.get(self.range)
 
-    def solve(self, weight: Tensor, format: Format, hessian: Tensor | None, name: str) -> Solved:
+    def solve(self, weight: Tensor, format: Format, inputs: Inputs, name: str) -> Solved:
         if self.search is None and self.range is None:
             return Solved(quantized=format.quantize(weight, name))
         format.check(weight, name)

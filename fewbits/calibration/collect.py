@@ -7,12 +7,14 @@ module to hook: their owner is hooked instead, and each expert's inputs are work
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fewbits.calibration.stats import HessianSum
+from fewbits.calibration.stats import InputSum
 from fewbits.models.walk import ExpertRef, LinearRef
 
 Ref = LinearRef | ExpertRef
@@ -73,86 +75,109 @@ def _owners(refs: Sequence[Ref]) -> dict[nn.Module, list[ExpertRef]]:
     return owners
 
 
-def collect_hessians(
-    stages: Sequence[Sequence[Ref]], run: Callable[[Callable[[], None]], None]
-) -> dict[str, HessianSum]:
-    """Input statistics of every ref in `stages`; refs of one plain stage share one object.
+def collect_inputs(
+    stages: Sequence[Sequence[Ref]],
+    forward: Callable[[Tensor], object],
+    batches: Sequence[Tensor],
+    wanted: frozenset[str],
+    original: Original | None = None,
+) -> dict[str, InputSum]:
+    """Sums over the inputs of every ref in `stages`; refs of one plain stage, gate and up of one expert share one.
 
-    `run(guard)` sends all batches through the block, calling each forward inside the context that `guard`
-    yields; a forward ends early once the last stage asked for has been seen.
+    `forward` sends a batch through the block, which ends early once the last stage asked for has been seen.
+    wanted: names of STATISTICS. original: how the same tokens run through the original block; needed for "cross".
     """
-    sums: dict[str, HessianSum] = {}
-    handles = []
-    pending: set[str] = set()
-    watched: list[str] = []
+    heads, owners = _watched(stages)
+    sums = _sums(stages, owners, wanted)
+    seen: dict[str, Tensor] = {}  # what the stages received in the original model
 
-    def seen(label: str) -> None:
+    def one(name: str, x: Tensor) -> None:
+        sums[name].add(x, seen.get(name))
+
+    def keep(name: str, x: Tensor) -> None:
+        seen[name] = x.detach()
+
+    for position, batch in enumerate(batches):
+        if original is not None and "cross" in wanted:
+            with original.weights():
+                _run(heads, {}, keep, lambda position=position: original.forward(original.batches[position]))
+        _run(heads, owners, one, lambda batch=batch: forward(batch))
+        seen.clear()
+    return sums
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Original:
+    """The original block: `forward` sends a batch through it while `weights()` is open."""
+
+    forward: Callable[[Tensor], object]
+    batches: Sequence[Tensor]
+    weights: Callable[[], contextlib.AbstractContextManager[None]]
+
+
+def _watched(stages: Sequence[Sequence[Ref]]) -> tuple[list[LinearRef], dict[nn.Module, list[ExpertRef]]]:
+    heads = [stage[0] for stage in stages]
+    return [ref for ref in heads if isinstance(ref, LinearRef)], _owners([ref for stage in stages for ref in stage])
+
+
+def _sums(
+    stages: Sequence[Sequence[Ref]], owners: dict[nn.Module, list[ExpertRef]], wanted: frozenset[str]
+) -> dict[str, InputSum]:
+    sums: dict[str, InputSum] = {}
+    for members in stages:
+        head = members[0]
+        if isinstance(head, LinearRef):
+            total = InputSum(head.weight.shape[1], wanted, head.weight.device)
+            sums.update({ref.name: total for ref in members})
+    for experts in owners.values():
+        shared: dict[int, InputSum] = {}
+        for ref in experts:
+            total = InputSum(ref.weight.shape[1], wanted, ref.weight.device)
+            # gate and up of one expert receive the same tokens: one statistic serves both.
+            sums[ref.name] = total if ref.part == "down_proj" else shared.setdefault(ref.index, total)
+    return sums
+
+
+def _run(
+    heads: Sequence[LinearRef],
+    owners: dict[nn.Module, list[ExpertRef]],
+    see: Callable[[str, Tensor], None],
+    forward: Callable[[], object],
+) -> None:
+    """One forward in which `see(name, input)` is called once for each sum, ended by the last of them."""
+    pending = {ref.name for ref in heads} | {members[0].name for members in owners.values()}
+
+    def done(label: str) -> None:
         pending.discard(label)
         if not pending:
             raise _Seen
 
-    for members in stages:
-        head = members[0]
-        if isinstance(head, LinearRef):
-            total = HessianSum(head.weight.shape[1], head.weight.device)
-            sums.update({ref.name: total for ref in members})
+    def linear_hook(ref: LinearRef) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            see(ref.name, args[0])
+            done(ref.name)
 
-            def linear_hook(
-                module: nn.Module, args: tuple[Tensor, ...], total: HessianSum = total, label: str = head.name
-            ) -> None:
-                total.add(args[0])
-                seen(label)
+        return hook
 
-            handles.append(head.module.register_forward_pre_hook(linear_hook))
-            watched.append(head.name)
-    for owner, members in _owners([ref for stage in stages for ref in stage]).items():
-        for ref in members:
-            sums[ref.name] = HessianSum(ref.weight.shape[1], ref.weight.device)
-        _share_expert_inputs(members, sums)
+    def owner_hook(members: list[ExpertRef]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            told: set[tuple[int, bool]] = set()
+            for ref in members:
+                key = ref.index, ref.part == "down_proj"
+                if key not in told:
+                    told.add(key)
+                    see(ref.name, ref.inputs(*args))
+            done(members[0].name)
 
-        def owner_hook(
-            module: nn.Module,
-            args: tuple[Tensor, ...],
-            members: list[ExpertRef] = members,
-            label: str = members[0].name,
-        ) -> None:
-            for total, ref in {id(sums[ref.name]): (sums[ref.name], ref) for ref in members}.values():
-                total.add(ref.inputs(*args))
-            seen(label)
+        return hook
 
-        handles.append(owner.register_forward_pre_hook(owner_hook))
-        watched.append(members[0].name)
-
-    def begin() -> None:
-        pending.clear()
-        pending.update(watched)
-
+    handles = [ref.module.register_forward_pre_hook(linear_hook(ref)) for ref in heads]
+    handles += [owner.register_forward_pre_hook(owner_hook(members)) for owner, members in owners.items()]
     try:
-        run(begin)
+        with torch.no_grad():
+            forward()
+    except _Seen:
+        pass
     finally:
         for handle in handles:
             handle.remove()
-    return sums
-
-
-def _share_expert_inputs(members: Sequence[ExpertRef], sums: dict[str, HessianSum]) -> None:
-    """gate and up of one expert receive the same tokens: one statistic serves both."""
-    first: dict[int, HessianSum] = {}
-    for ref in members:
-        if ref.part != "down_proj":
-            sums[ref.name] = first.setdefault(ref.index, sums[ref.name])
-
-
-def run_guarded(forward: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> Callable[[Callable[[], None]], None]:
-    """The `run` of `collect_hessians`: each batch through `forward`, ended early by the last hook."""
-
-    def run(begin: Callable[[], None]) -> None:
-        for batch in batches:
-            begin()
-            try:
-                with torch.no_grad():
-                    forward(batch)
-            except _Seen:
-                continue
-
-    return run

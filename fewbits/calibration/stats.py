@@ -2,42 +2,100 @@
 
     H = (2/n) sum_t x_t x_t^T        [in, in], n tokens
 
-is the Hessian of the mean squared output error with respect to a row of the weight. Products are taken in
+is the Hessian of the mean squared output error with respect to a row of the weight. Where the inputs of the
+original model are known too (x', what x would be had nothing been quantized before),
+
+    C = (2/n) sum_t (x'_t - x_t) x_t^T        [in, in]
+
+says how far the inputs have drifted, in the directions that this layer can still correct. Products are taken in
 float32 per batch and accumulated in float64: one sink token of magnitude 26,000 would otherwise drown the
 contribution of thousands of ordinary ones.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from fewbits.core.errors import FewbitsError
 
+STATISTICS = ("hessian", "cross", "mean_abs")
 
-class HessianSum:
-    """Running sum of x x^T over tokens; `hessian()` normalises it."""
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What is known of the inputs of a linear; None where no step asked for it.
+
+    hessian: H [in, in], float64, undamped.  cross: C [in, in].  mean_abs: mean |x| per channel [in].
+    """
+
+    hessian: Tensor | None = None
+    cross: Tensor | None = None
+    mean_abs: Tensor | None = None
+    tokens: int = 0
+
+    def divided(self, s: Tensor) -> Inputs:
+        """The statistics of x / s, `s` [in] positive: what a linear sees once its input was scaled down."""
+
+        def both(matrix: Tensor | None) -> Tensor | None:
+            return None if matrix is None else matrix / torch.outer(s, s).to(matrix.dtype)
+
+        mean_abs = None if self.mean_abs is None else self.mean_abs / s.to(self.mean_abs.dtype)
+        return dataclasses.replace(self, hessian=both(self.hessian), cross=both(self.cross), mean_abs=mean_abs)
+
+
+class InputSum:
+    """Running sums over tokens of what `wanted` names; `inputs()` normalises them."""
+
+    def __init__(self, in_features: int, wanted: frozenset[str], device: torch.device | str = "cpu") -> None:
+        def matrix(name: str) -> Tensor | None:
+            if name not in wanted:
+                return None
+            return torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+
+        self.total, self.cross = matrix("hessian"), matrix("cross")
+        self.magnitude = torch.zeros(in_features, dtype=torch.float64, device=device) if "mean_abs" in wanted else None
         self.tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        """Adds inputs `x` [..., in]."""
+    def add(self, x: Tensor, original: Tensor | None = None) -> None:
+        """Adds inputs `x` [..., in]; `original` are the same tokens' inputs in the original model."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
-        if len(x):
+        if not len(x):
+            return
+        if self.total is not None:
             self.total += x.t() @ x
-            self.tokens += len(x)
+        if self.cross is not None and original is not None:
+            drift = original.detach().reshape(-1, x.shape[-1]).float() - x
+            self.cross += drift.t() @ x
+        if self.magnitude is not None:
+            self.magnitude += x.abs().sum(dim=0, dtype=torch.float64)
+        self.tokens += len(x)
 
-    def merge(self, other: HessianSum) -> None:
+    def merge(self, other: InputSum) -> None:
         """Adds what `other` has seen; equal to having seen both inputs here."""
-        self.total += other.total.to(self.total.device)
+        for mine, theirs in (
+            (self.total, other.total),
+            (self.cross, other.cross),
+            (self.magnitude, other.magnitude),
+        ):
+            if mine is not None and theirs is not None:
+                mine += theirs.to(mine.device)
         self.tokens += other.tokens
 
-    def hessian(self, name: str) -> Tensor:
-        """H [in, in], float64; zero if no token came by. FewbitsError naming the layer if it overflowed."""
-        if not bool(torch.isfinite(self.total).all()):
-            raise FewbitsError(
-                f"{name}: calibration inputs are NaN or infinite; run calibration in float32 or bfloat16"
-            )
-        return self.total * (2 / max(self.tokens, 1))
+    def inputs(self, name: str) -> Inputs:
+        """What was seen; zero if no token came by. FewbitsError naming the layer if it overflowed."""
+        for total in (self.total, self.cross, self.magnitude):
+            if total is not None and not bool(torch.isfinite(total).all()):
+                raise FewbitsError(
+                    f"{name}: calibration inputs are NaN or infinite; run calibration in float32 or bfloat16"
+                )
+        count = max(self.tokens, 1)
+        return Inputs(
+            hessian=None if self.total is None else self.total * (2 / count),
+            cross=None if self.cross is None else self.cross * (2 / count),
+            mean_abs=None if self.magnitude is None else self.magnitude / count,
+            tokens=self.tokens,
+        )

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fewbits.algorithms.base import WeightMethod
-from fewbits.calibration.collect import Ref, collect_hessians, input_stages, run_guarded
-from fewbits.calibration.stats import HessianSum
+from fewbits.algorithms.base import Block, Stage
+from fewbits.algorithms.compose import Recipe
+from fewbits.calibration.collect import Original, Ref, collect_inputs, input_stages
+from fewbits.calibration.stats import Inputs, InputSum
 from fewbits.core.errors import Unsupported
 from fewbits.formats import Format, Quantized, Scheme
 from fewbits.metrics import sqnr_db
@@ -47,57 +48,126 @@ def solve_block(
     index: int,
     refs: Sequence[Ref],
     scheme: Scheme,
-    method: WeightMethod,
+    recipe: Recipe,
     hidden: Sequence[Tensor],
+    reference: Sequence[Tensor] = (),
     *,
     sequential: bool,
-) -> list[Layer]:
+) -> tuple[list[Layer], dict[str, Tensor]]:
     """Quantizes `refs` of block `index`, resident in `shell`; leaves the decoded weights in the block.
 
-    `hidden` are the calibration inputs of the block. Methods that need no statistics see no text.
+    `hidden` are the calibration inputs of the block, `reference` the same text's in the original model. Recipes that
+    need no statistics see no text. Returns the layers, and other parameters of the block that changed.
     """
-    if "hessian" not in method.statistics:
-        return [layer for ref in refs for layer in _solve([ref], None, index, shell, scheme, method)]
+    prefix, module = shell.blocks[index]
 
     def forward(batch: Tensor) -> Tensor:
         return shell.forward(index, batch)
 
+    for ref in refs:  # before a NaN spreads to the inputs of every linear behind it
+        scheme.weights.check(ref.weight, f"{prefix}.{ref.name}.weight")
     # One sequence is enough to see who shares an input, and nothing of it is kept.
-    stages = input_stages(refs, lambda: forward(hidden[0]))
-    run = run_guarded(forward, hidden)
+    calibrated = bool(recipe.statistics)
+    stages = input_stages(refs, lambda: forward(hidden[0])) if calibrated else [[ref] for ref in refs]
+    original = None
+    if "cross" in recipe.statistics:
+        kept = _copies(refs) if sequential else {}
+        original = Original(forward=forward, batches=reference, weights=lambda: _restored(refs, kept))
+
+    def collected(wanted: Sequence[Sequence[Ref]]) -> list[Stage]:
+        sums: dict[str, InputSum] = {}
+        if calibrated:
+            sums = collect_inputs(wanted, forward, hidden, recipe.statistics, original)
+        ordered = [ref for stage in wanted for ref in stage]
+        return [_stage(members, sums, prefix) for members in _sharing(ordered, sums)]
+
+    changed: dict[str, Tensor] = {}
+    notes: dict[str, list[str]] = {}
+    if recipe.transforms:
+        found = collected(stages)
+        for transform in recipe.transforms:
+            block = Block(name=prefix, module=module, topology=shell.topology, stages=found, format=scheme.weights)
+            done = transform.apply(block)
+            changed.update({name: module.get_parameter(name).detach() for name in done.changed})
+            for name, lines in done.notes.items():
+                notes.setdefault(name, []).extend(lines)
+        if not sequential:
+            return _solve_stages(found, index, shell, scheme, recipe, notes), changed
+        if original is not None:
+            kept.update(_copies(refs))
     layers: list[Layer] = []
     for wanted in [[stage] for stage in stages] if sequential else [stages]:
-        sums = collect_hessians(wanted, run)
-        for members in _sharing([ref for stage in wanted for ref in stage], sums, scheme.weights):
-            layers += _solve(members, sums[members[0].name], index, shell, scheme, method)
-    return layers
+        layers += _solve_stages(collected(wanted), index, shell, scheme, recipe, notes)
+    return layers, changed
 
 
-def _sharing(refs: Sequence[Ref], sums: dict[str, HessianSum], format: Format) -> list[list[Ref]]:
-    """Refs in groups of one statistic; each alone where its rows are not independent of each other."""
+def _copies(refs: Sequence[Ref]) -> dict[str, Tensor]:
+    return {ref.name: ref.weight.clone() for ref in refs}
+
+
+@contextlib.contextmanager
+def _restored(refs: Sequence[Ref], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """The refs with `weights` in place of what they have now."""
+    now = {ref.name: ref.weight.clone() for ref in refs if ref.name in weights}
+    for ref in refs:
+        if ref.name in weights:
+            ref.write(weights[ref.name])
+    try:
+        yield
+    finally:
+        for ref in refs:
+            if ref.name in now:
+                ref.write(now[ref.name])
+
+
+def _stage(members: Sequence[Ref], sums: Mapping[str, InputSum], prefix: str) -> Stage:
+    head = members[0].name
+    inputs = sums[head].inputs(f"{prefix}.{head}.weight") if head in sums else Inputs()
+    return Stage(refs=members, inputs=inputs)
+
+
+def _sharing(refs: Sequence[Ref], sums: Mapping[str, InputSum]) -> list[list[Ref]]:
+    """Refs in groups of one statistic; each alone where there is none."""
     groups: dict[object, list[Ref]] = {}
     for ref in refs:
-        groups.setdefault(id(sums[ref.name]) if format.rowwise else ref.name, []).append(ref)
+        groups.setdefault(id(sums[ref.name]) if ref.name in sums else ref.name, []).append(ref)
     return list(groups.values())
+
+
+def _solve_stages(
+    stages: Sequence[Stage],
+    index: int,
+    shell: ModelShell,
+    scheme: Scheme,
+    recipe: Recipe,
+    notes: Mapping[str, list[str]],
+) -> list[Layer]:
+    layers = []
+    for stage in stages:
+        # Rows that are quantized each as if alone are solved together; other formats take a matrix at a time.
+        parts = [stage.refs] if scheme.weights.rowwise else [[ref] for ref in stage.refs]
+        for members in parts:
+            layers += _solve(members, stage.inputs, index, shell, scheme, recipe, notes)
+    return layers
 
 
 def _solve(
     members: Sequence[Ref],
-    total: HessianSum | None,
+    inputs: Inputs,
     index: int,
     shell: ModelShell,
     scheme: Scheme,
-    method: WeightMethod,
+    recipe: Recipe,
+    notes: Mapping[str, list[str]],
 ) -> list[Layer]:
     started = time.perf_counter()
     format = scheme.weights
     prefix = shell.blocks[index][0]
     names = [f"{prefix}.{ref.name}.weight" for ref in members]
     weights = [ref.weight.to(torch.float32, copy=True) for ref in members]
-    for name, weight in zip(names, weights, strict=True):
-        format.check(weight, name)
-    hessian = None if total is None else total.hessian(names[0])
-    solved = method.solve(torch.cat(weights), format, hessian, names[0])
+    solved = recipe.weights.solve(torch.cat(weights), format, inputs, names[0])
+    for refinement in recipe.refinements:
+        solved = refinement.refine(solved, torch.cat(weights), inputs, names[0])
     seconds = (time.perf_counter() - started) / len(members)
     layers, start = [], 0
     for ref, weight in zip(members, weights, strict=True):
@@ -113,13 +183,13 @@ def _solve(
             "format": format.name,
             "bits": format.bits_per_weight(part.shape),
             "parameters": weight.numel(),
-            "tokens": None if total is None else total.tokens,
+            "tokens": inputs.tokens if recipe.statistics else None,
             "weight_sqnr_db": finite(sqnr_db(weight, decoded)),
             "relative_error": weight_error(weight, decoded),
             "rtn_relative_error": None,
             "error_of": "weights",
             "seconds": seconds,
-            "notes": solved.notes,
+            "notes": [*notes.get(ref.name, ()), *solved.notes],
             "distribution": _distribution(weight, part),
         }
         if solved.loss is not None and solved.rtn_loss is not None and solved.zero_loss is not None:

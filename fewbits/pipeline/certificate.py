@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import resource
 import sys
 from pathlib import Path
@@ -76,7 +75,7 @@ def build(
             "ignore": list(job.ignore),
             "dtype": str(job.dtype).removeprefix("torch."),
         },
-        "method": {"name": job.method_name, "sequential": job.sequential, **dataclasses.asdict(job.method)},  # type: ignore[call-overload]
+        "method": {**job.recipe.describe(), "sequential": job.sequential},
         "calibration": job.calibration and job.calibration.description,
         "layers": [{key: value for key, value in layer.items() if key != "distribution"} for layer in layers],
         "tensors": tensors,

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from fewbits.algorithms import METHODS
-from fewbits.algorithms.base import WeightMethod
+from fewbits.algorithms.compose import Recipe, compose
 from fewbits.calibration.data import TextSpec, TokenSet, pack, read_texts
 from fewbits.checkpoints.base import Source
 from fewbits.checkpoints.source import open_source
@@ -31,8 +30,7 @@ class Job:
     source: Source
     out: Path
     scheme: Scheme
-    method_name: str
-    method: WeightMethod
+    recipe: Recipe
     sequential: bool
     ignore: tuple[str, ...]
     dtype: torch.dtype
@@ -48,7 +46,7 @@ class Job:
             "journal": 1,
             "source": self.source.identity,
             "scheme": [self.scheme.weights.name, self.scheme.activations and self.scheme.activations.name],
-            "method": [self.method_name, repr(self.method), self.sequential],
+            "method": [self.recipe.name, repr(self.recipe), self.sequential],
             "ignore": list(self.ignore),
             "dtype": str(self.dtype),
             "device": self.device.type,
@@ -65,7 +63,7 @@ def prepare(
     eval_samples: int, sequential: bool,
 ) -> Job:  # fmt: skip
     scheme = parse_scheme(scheme_name, group_size)
-    method = make_method(method_name, options)
+    recipe = compose(method_name, options)
     if checkpoint_format not in CHECKPOINT_FORMATS:
         raise unknown("checkpoint format", checkpoint_format, CHECKPOINT_FORMATS)
     if dtype_name is not None and dtype_name not in DTYPES:
@@ -82,7 +80,7 @@ def prepare(
     limit = source.config().get("max_position_embeddings")
     length = min(512, limit or 512) if sequence_length is None else sequence_length
     tokens = None
-    if "hessian" in method.statistics:
+    if recipe.statistics:
         texts, described = read_texts(text)
         tokens = pack(
             texts, tokenizer, sequence_length=length, seed=seed, max_length=limit, description=described,
@@ -96,7 +94,7 @@ def prepare(
             description=described,
         )  # fmt: skip
     return Job(
-        source=source, out=out.absolute(), scheme=scheme, method_name=method_name, method=method,
+        source=source, out=out.absolute(), scheme=scheme, recipe=recipe,
         sequential=sequential, ignore=ignore, dtype=dtype, device=device, checkpoint_format=checkpoint_format,
         calibration=tokens, probe=probe, seed=seed,
     )  # fmt: skip
@@ -107,17 +105,6 @@ def _default_samples(source: Source, sequence_length: int) -> int:
     sizes = ("hidden_size", "intermediate_size", "moe_intermediate_size")
     widest = max(int(source.config().get(name) or 0) for name in sizes)
     return max(16, -(-4 * widest // sequence_length))
-
-
-def make_method(name: str, options: dict[str, Any]) -> WeightMethod:
-    """The method called `name` with `options`; BadInput for one it does not have."""
-    kind = METHODS.get(name)
-    allowed = [field.name for field in dataclasses.fields(kind)]
-    for option in options:
-        if option not in allowed:
-            raise unknown(f"option of method {name}", option, allowed)
-    made: WeightMethod = kind(**options)
-    return made
 
 
 def _device(name: str | None) -> torch.device:

@@ -58,15 +58,25 @@ def _cast(source: Source, name: str, dtype: torch.dtype) -> Callable[[], Tensor]
 
 
 def kept_items(
-    source: Source, quantized: set[str], tied: set[str], dropped: dict[str, str], dtype: torch.dtype
+    source: Source,
+    quantized: set[str],
+    tied: set[str],
+    dropped: dict[str, str],
+    changed: set[str],
+    dtype: torch.dtype,
 ) -> tuple[list[Item], list[dict[str, Any]]]:
-    """The source tensors that go out dense, and the account of all source tensors."""
+    """The source tensors that go out dense as they are, and the account of all source tensors.
+
+    changed: names that a transform gave new values, or that hold a quantized weight's parts; written elsewhere.
+    """
     items, account = [], []
     for name in source.names():
         info = source.info(name)
         entry = {"name": name, "bytes": info.nbytes}
         if name in quantized:
             account.append({**entry, "action": "quantized", "reason": ""})
+        elif name in changed:
+            account.append({**entry, "action": "kept", "reason": "scaled by a transform"})
         elif name in tied:
             account.append({**entry, "action": "tied", "reason": "shares the embedding's tensor"})
         elif name in dropped:
@@ -82,7 +92,7 @@ def kept_items(
 
 
 def block_items(paths: Iterable[Path]) -> list[Item]:
-    """The quantized tensors of the journal's block files."""
+    """The tensors of the journal's block files: what is quantized, and what a transform changed."""
     items = []
     for path in paths:
         file = SafetensorsFile(path)
@@ -141,6 +151,10 @@ def write_config(directory: Path, source: Source, dtype: torch.dtype, quantizati
     write_json(directory / "config.json", config)
 
 
+def _is_method(name: str) -> bool:
+    return all(step in METHODS for step in name.split(","))
+
+
 def write_card(directory: Path, certificate: dict[str, Any]) -> None:
     """README.md: what this checkpoint is, what was lost, how to load it."""
     scheme, source, size = certificate["scheme"], certificate["source"], certificate["size"]
@@ -166,7 +180,7 @@ def write_card(directory: Path, certificate: dict[str, Any]) -> None:
     measured = [
         found
         for found in certificate["evaluations"]
-        if found["kl"] and (found["what"] == method or found["what"] not in METHODS)
+        if found["kl"] and (found["what"] == method or not _is_method(found["what"]))
     ]
     for found in measured:
         kl, top1, before = found["kl"], found["top1"], found["reference_perplexity"]

@@ -130,8 +130,9 @@ def _run(job: Job, journal: Journal, report: OnProgress, started: float) -> None
     if done:
         streams = journal.streams(done - 1)
     for index in range(done, total):
-        layers = _do_block(job, shell, index, chosen[index], streams)
+        layers, changed = _do_block(job, shell, index, chosen[index], streams)
         tensors = {name: tensor for layer in layers for name, tensor in _encoded(layer, job, kind).items()}
+        tensors.update(changed)
         records = [layer.record for layer in layers]
         journal.write(index, tensors, records, streams)
         report(Progress("quantize", index + 1, total, _note(records)))
@@ -141,7 +142,7 @@ def _run(job: Job, journal: Journal, report: OnProgress, started: float) -> None
         report(Progress("measure", 0, 1, "held-out text"))
         pairs = shell.logit_pairs(_batches(job.probe), streams["original"], streams["quantized"], job.dtype)
         evaluations.append(
-            measure(job.method_name, job.out.name, job.source.path, job.probe, pairs, compute, job.device)
+            measure(job.recipe.name, job.out.name, job.source.path, job.probe, pairs, compute, job.device)
         )
     report(Progress("write", 0, 1, str(job.out)))
     _assemble(job, journal, shell, kind, chosen, evaluations, started)
@@ -201,29 +202,40 @@ def _embed(job: Job, shell: ModelShell) -> Streams:
     with shell.resident_outside(head=False, round_to=job.dtype):
         streams["quantized"] = shell.embed(_batches(job.probe))
         streams["calibration"] = shell.embed(_batches(job.calibration))
+    if "cross" in job.recipe.statistics:
+        with shell.resident_outside(head=False):
+            streams["reference"] = shell.embed(_batches(job.calibration))
     return streams
 
 
-def _do_block(job: Job, shell: ModelShell, index: int, refs: list[Ref], streams: Streams) -> list[Layer]:
-    """Quantizes block `index` and moves all three streams past it, in place."""
+def _do_block(
+    job: Job, shell: ModelShell, index: int, refs: list[Ref], streams: Streams
+) -> tuple[list[Layer], dict[str, Tensor]]:
+    """Quantizes block `index` and moves all streams past it, in place; its layers, and other tensors that changed."""
     prefix, block = shell.blocks[index]
+    last = index + 1 == len(shell.blocks)
 
-    def advance(name: str) -> None:
-        for position, hidden in enumerate(streams[name]):
-            streams[name][position] = shell.forward(index, hidden).to(hidden.device)
+    def advanced(name: str) -> list[Tensor]:
+        return [shell.forward(index, hidden).to(hidden.device) for hidden in streams[name]]
 
     with shell.resident(prefix, block):
-        advance("original")
+        streams["original"] = advanced("original")
+        reference = streams.get("reference", [])
+        if reference and not last:
+            streams["reference"] = advanced("reference")
         weights = {id(parameter) for parameter in _weights(refs)}
         round_parameters((p for p in block.parameters() if id(p) not in weights), job.dtype)
         with quantized_activations(refs, job.scheme.activations):
-            layers = solve_block(
-                shell, index, refs, job.scheme, job.method, streams["calibration"], sequential=job.sequential
-            )
-            if index + 1 < len(shell.blocks):
-                advance("calibration")
-            advance("quantized")
-    return layers
+            layers, changed = solve_block(
+                shell, index, refs, job.scheme, job.recipe, streams["calibration"], reference,
+                sequential=job.sequential,
+            )  # fmt: skip
+            round_parameters((block.get_parameter(name) for name in changed), job.dtype)
+            if not last:
+                streams["calibration"] = advanced("calibration")
+            streams["quantized"] = advanced("quantized")
+    disk = shell.topology.disk_name if shell.topology else (lambda name: name)
+    return layers, {f"{prefix}.{disk(f'.{name}.').strip('.')}": t.to(job.dtype) for name, t in changed.items()}
 
 
 def _weights(refs: Iterable[Ref]) -> Iterator[torch.nn.Parameter]:
@@ -272,15 +284,17 @@ def _assemble(
         )
     tied = {name for name in present if name == "lm_head.weight" and job.source.config().get("tie_word_embeddings")}
     dropped = {name: "computed from config.json" for name in present if name.endswith("rotary_emb.inv_freq")}
+    blocks = [journal.block_path(index) for index in range(len(shell.blocks))]
+    solved = output.block_items(blocks)
     kept, account = output.kept_items(
         job.source,
         {f"{name}.weight" for name in modules},
         tied - {"model.embed_tokens.weight"},
         dropped,
+        {item.name for item in solved},
         job.dtype,
     )
-    blocks = [journal.block_path(index) for index in range(len(shell.blocks))]
-    items = [*kept, *output.block_items(blocks)]
+    items = [*kept, *solved]
     size = output.write_shards(directory, items)
     if kind == compressed_tensors.QUANT_METHOD:
         ignore = _linear_names(shell) - set(modules)

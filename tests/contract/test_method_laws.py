@@ -1,4 +1,4 @@
-"""Laws that every registered method obeys, on every kind of grid it may be given."""
+"""Laws that every registered step obeys, on every kind of grid it may be given; one line in METHODS enrols it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from fewbits.algorithms import METHODS
-from fewbits.algorithms.base import proxy_loss
+from fewbits.algorithms.base import ROLES, Solved, proxy_loss
+from fewbits.algorithms.compose import Recipe, compose
+from fewbits.calibration.stats import STATISTICS, Inputs
 from fewbits.core.errors import BadInput
-from fewbits.formats import parse_format
+from fewbits.formats import Format, parse_format
 
 FORMATS = [
     "int4-asym-g64",
@@ -19,43 +21,80 @@ FORMATS = [
     "fp4_e2m1-g16",
     "fp8_e4m3-tensor",
     "int4-g48",
+    "nvfp4",
+    "mxfp4",
+    "nf4-g64-dq",
+    "lloyd3_fit-g64",
 ]
 
 
-def correlated(n: int, tokens: int, rho: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """(inputs, Hessian) of equicorrelated Gaussian inputs, float64."""
+def of_role(*roles: str) -> list[str]:
+    return [name for name, step in METHODS.items() if step.role in roles]
+
+
+def correlated(n: int, tokens: int, rho: float, seed: int = 0) -> tuple[Tensor, Inputs]:
+    """(inputs, their statistics) of equicorrelated Gaussian inputs, float64."""
     generator = torch.Generator().manual_seed(seed)
     covariance = torch.full((n, n), rho, dtype=torch.float64).fill_diagonal_(1)
     x = torch.randn(tokens, n, generator=generator, dtype=torch.float64) @ torch.linalg.cholesky(covariance).T
-    return x, 2 / tokens * x.T @ x
+    return x, Inputs(hessian=2 / tokens * x.T @ x, mean_abs=x.abs().mean(0), tokens=tokens)
+
+
+def solve(recipe: Recipe, weight: Tensor, format: Format, inputs: Inputs, name: str = "layer") -> Solved:
+    solved = recipe.weights.solve(weight, format, inputs, name)
+    for refinement in recipe.refinements:
+        solved = refinement.refine(solved, weight, inputs, name)
+    return solved
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_a_step_says_what_it_is(name: str) -> None:
+    step = METHODS.get(name)
+    assert step.role in ROLES
+    assert step.statistics <= set(STATISTICS)
+    assert (step.__doc__ or "").strip()
+    assert compose(name).names[-1 if step.role != "transform" else 0] == name
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
-@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("method", of_role("weights", "refine"))
 def test_never_worse_than_rounding_on_its_own_objective(method: str, format_name: str) -> None:
-    _, hessian = correlated(160, 1000, 0.6)
+    _, inputs = correlated(160, 1000, 0.6)
+    assert inputs.hessian is not None
     weight = torch.randn(24, 160, generator=torch.Generator().manual_seed(1))
-    before = weight.clone(), hessian.clone()
+    before = weight.clone(), inputs.hessian.clone()
     format = parse_format(format_name).with_scale_dtype(torch.bfloat16)
-    solved = METHODS.get(method)().solve(weight, format, hessian, "layer")
-    ours = proxy_loss(weight - solved.quantized.dequantize(), hessian).sum()
-    nearest = proxy_loss(weight - format.quantize(weight).dequantize(), hessian).sum()
+    solved = solve(compose(method), weight, format, inputs)
+    ours = proxy_loss(weight - solved.quantized.dequantize(), inputs.hessian).sum()
+    nearest = proxy_loss(weight - format.quantize(weight).dequantize(), inputs.hessian).sum()
     assert float(ours) <= float(nearest) * (1 + 1e-6)
     assert solved.quantized.shape == (24, 160)
-    assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1]), "inputs are left alone"
+    assert torch.equal(weight, before[0]) and torch.equal(inputs.hessian, before[1]), "inputs are left alone"
 
 
-@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("method", of_role("weights"))
 def test_non_finite_weights_are_refused_by_name(method: str) -> None:
     weight = torch.ones(4, 64)
     weight[2, 3] = torch.nan
     with pytest.raises(BadInput, match=r"blocks\.0\.q_proj"):
-        METHODS.get(method)().solve(weight, parse_format("int4-g32"), torch.eye(64), "blocks.0.q_proj")
+        solve(compose(method), weight, parse_format("int4-g32"), Inputs(hessian=torch.eye(64)), "blocks.0.q_proj")
 
 
-@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("method", of_role("weights", "refine"))
 def test_same_input_same_codes(method: str) -> None:
-    _, hessian = correlated(128, 500, 0.5)
+    _, inputs = correlated(128, 500, 0.5)
     weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(2))
-    first, second = (METHODS.get(method)().solve(weight, parse_format("int3-asym-g32"), hessian, "w") for _ in "ab")
+    first, second = (solve(compose(method), weight, parse_format("int3-asym-g32"), inputs) for _ in "ab")
     assert torch.equal(first.quantized.codes, second.quantized.codes)
+
+
+@pytest.mark.parametrize("method", of_role("weights", "refine"))
+def test_rows_are_solved_as_if_alone(method: str) -> None:
+    """Linears that share an input are stacked, solved together and taken apart again."""
+    _, inputs = correlated(128, 500, 0.5)
+    weight = torch.randn(48, 128, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    format = parse_format("int3-asym-g32")
+    whole = solve(compose(method), weight, format, inputs).quantized
+    part = solve(compose(method), weight[16:32], format, inputs).quantized
+    same = (whole.codes[16:32] == part.codes).float().mean()
+    assert float(same) > 0.99  # sums over more rows may round differently

@@ -13,6 +13,7 @@ from make_ggml_quantize import TYPES, importances, matrices, sqnr
 
 from fewbits.algorithms.gptq import GPTQ
 from fewbits.algorithms.rtn import RTN
+from fewbits.calibration.stats import Inputs
 from fewbits.checkpoints.gguf_pack import block_bytes, from_blocks, to_blocks
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.formats import Quantized, parse_format
@@ -72,12 +73,12 @@ def test_gptq_uses_the_blocks(name: str) -> None:
     x = torch.randn(512, 256, generator=generator) @ torch.randn(256, 256, generator=generator)
     hessian = 2 * x.T @ x / len(x)
     format = parse_format(name)
-    solved = GPTQ().solve(weight, format, hessian, "layer")
+    solved = GPTQ().solve(weight, format, Inputs(hessian=hessian), "layer")
     assert solved.loss is not None and solved.rtn_loss is not None
     assert float(solved.loss.sum()) < 0.8 * float(solved.rtn_loss.sum())
     blocks = to_blocks(solved.quantized)
     assert torch.equal(from_blocks(format, blocks).dequantize(), solved.quantized.dequantize())
-    assert RTN().solve(weight, format, None, "layer").quantized.codes.shape == weight.shape
+    assert RTN().solve(weight, format, Inputs(), "layer").quantized.codes.shape == weight.shape
 
 
 def test_rows_that_blocks_do_not_fit_are_refused_with_the_fallback() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from fewbits.algorithms.base import proxy_loss
 from fewbits.algorithms.clipping import RangeSearch
 from fewbits.algorithms.gptq import GPTQ
+from fewbits.calibration.stats import Inputs
 from fewbits.core.errors import BadInput, FewbitsError
 from fewbits.formats import Quantized, parse_format
 
@@ -46,7 +47,7 @@ def test_output_error_is_the_sum_of_squared_step_errors(dtype: torch.dtype, tole
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     upper, _ = method.factor(hessian[order][:, order], "w")
-    quantized = method.solve(weight, format, hessian, "w").quantized
+    quantized = method.solve(weight, format, Inputs(hessian=hessian), "w").quantized
     delta = (weight - decoded(quantized, dtype)).double()[:, order]
     damped = hessian.double()[order][:, order]
     damped.diagonal().add_(0.01 * hessian.double().diagonal().mean())
@@ -66,7 +67,7 @@ def test_a_diagonal_hessian_gives_rounding_to_nearest() -> None:
     format = parse_format("int4-asym-g64")
     diagonal = torch.diag(hessian.diagonal())
     for options in (PLAIN, {"search": None}):
-        q = GPTQ(**options).solve(weight, format, diagonal, "w").quantized
+        q = GPTQ(**options).solve(weight, format, Inputs(hessian=diagonal), "w").quantized
         nearest = format.quantize(weight)
         assert torch.equal(q.codes, nearest.codes) and torch.equal(q.scale, nearest.scale)
 
@@ -77,7 +78,7 @@ def test_the_block_size_does_not_matter(format_name: str, static_groups: bool) -
     weight, hessian = problem()
     results = [
         GPTQ(act_order=False, search=None, static_groups=static_groups, block_size=size)
-        .solve(weight, parse_format(format_name), hessian, "w")
+        .solve(weight, parse_format(format_name), Inputs(hessian=hessian), "w")
         .quantized
         for size in (1, 16, 100, 256)
     ]
@@ -88,14 +89,14 @@ def test_the_block_size_does_not_matter(format_name: str, static_groups: bool) -
 def test_the_scale_of_the_hessian_does_not_matter() -> None:
     weight, hessian = problem()
     format = parse_format("int3-asym-g64")
-    first, second = (GPTQ().solve(weight, format, hessian * c, "w").quantized for c in (1, 1024))
+    first, second = (GPTQ().solve(weight, format, Inputs(hessian=hessian * c), "w").quantized for c in (1, 1024))
     assert torch.equal(first.codes, second.codes)
 
 
 def test_infinite_damping_gives_rounding_to_nearest_but_for_ties() -> None:
     weight, hessian = problem()
     format = parse_format("int4-asym-g64")
-    q = GPTQ(search=None, damping=1e9).solve(weight, format, hessian, "w").quantized
+    q = GPTQ(search=None, damping=1e9).solve(weight, format, Inputs(hessian=hessian), "w").quantized
     assert int((q.codes != format.quantize(weight).codes).sum()) <= 0.002 * weight.numel()
 
 
@@ -109,7 +110,7 @@ def test_unclipped_error_is_that_of_uniform_noise() -> None:
     weight[0, 0] = step * 127.5
     method = GPTQ(act_order=False, search=None)
     upper, _ = method.factor(hessian, "w")
-    q = method.solve(weight, format, hessian, "w").quantized
+    q = method.solve(weight, format, Inputs(hessian=hessian), "w").quantized
     damped = hessian.clone()
     damped.diagonal().add_(0.01 * hessian.diagonal().mean())
     rows = proxy_loss(weight - decoded(q, torch.float64), damped)[1:]
@@ -124,11 +125,13 @@ def test_gain_over_rounding_on_correlated_inputs(rho: float, bound: float, bits:
     weight, hessian = problem(rho=rho, rows=384)  # the common mode is one number a row: average many
     format = parse_format(f"int{bits}-asym-g64")
     nearest = loss(weight, format.quantize(weight), hessian)
-    plain = loss(weight, GPTQ(**PLAIN).solve(weight, format, hessian, "w").quantized, hessian)
-    ordered = loss(weight, GPTQ(search=None).solve(weight, format, hessian, "w").quantized, hessian)
+    plain = loss(weight, GPTQ(**PLAIN).solve(weight, format, Inputs(hessian=hessian), "w").quantized, hessian)
+    ordered = loss(weight, GPTQ(search=None).solve(weight, format, Inputs(hessian=hessian), "w").quantized, hessian)
     assert plain / nearest < bound
     assert ordered <= plain * 1.02
-    searched = loss(weight, GPTQ(search=RangeSearch()).solve(weight, format, hessian, "w").quantized, hessian)
+    searched = loss(
+        weight, GPTQ(search=RangeSearch()).solve(weight, format, Inputs(hessian=hessian), "w").quantized, hessian
+    )
     assert searched < ordered
 
 
@@ -138,14 +141,14 @@ def test_dead_columns_keep_their_nearest_level() -> None:
     hessian[dead] = 0
     hessian[:, dead] = 0
     format = parse_format("int4-asym-g64")
-    q = GPTQ(search=None).solve(weight, format, hessian, "w").quantized
+    q = GPTQ(search=None).solve(weight, format, Inputs(hessian=hessian), "w").quantized
     assert torch.equal(q.codes[:, dead], format.quantize(weight).codes[:, dead])
 
 
 def test_no_input_at_all_is_rounding_to_nearest_and_says_so() -> None:
     weight, _ = problem()
     format = parse_format("int4-asym-g64")
-    solved = GPTQ(search=None).solve(weight, format, torch.zeros(256, 256), "expert")
+    solved = GPTQ(search=None).solve(weight, format, Inputs(hessian=torch.zeros(256, 256)), "expert")
     assert torch.equal(solved.quantized.codes, format.quantize(weight).codes)
     assert solved.notes == ["no input reached this layer: rounded to nearest"]
 
@@ -153,7 +156,7 @@ def test_no_input_at_all_is_rounding_to_nearest_and_says_so() -> None:
 def test_fewer_tokens_than_columns_still_factors() -> None:
     weight, _ = problem()
     x = torch.randn(20, 256, dtype=torch.float64)
-    solved = GPTQ().solve(weight, parse_format("int4-g64"), 2 / 20 * x.T @ x, "w")
+    solved = GPTQ().solve(weight, parse_format("int4-g64"), Inputs(hessian=2 / 20 * x.T @ x), "w")
     assert bool(torch.isfinite(solved.quantized.dequantize()).all()) and not solved.notes
 
 
@@ -162,7 +165,9 @@ def test_a_failing_cholesky_is_retried_with_more_damping_and_noted() -> None:
     # Rounding in a long accumulation can leave an eigenvalue below zero.
     values, vectors = torch.linalg.eigh(hessian)
     values[0] = -0.05 * float(hessian.diagonal().mean())
-    solved = GPTQ().solve(weight, parse_format("int4-g64"), vectors @ torch.diag(values) @ vectors.T, "w")
+    solved = GPTQ().solve(
+        weight, parse_format("int4-g64"), Inputs(hessian=vectors @ torch.diag(values) @ vectors.T), "w"
+    )
     assert solved.notes == ["Cholesky failed at damping 0.01, retried at 0.1"]
 
 
@@ -170,10 +175,10 @@ def test_a_hopeless_hessian_is_an_error_with_the_layer_and_the_way_out() -> None
     weight, hessian = problem()
     indefinite = torch.full_like(hessian, -1e3).fill_diagonal_(1)
     with pytest.raises(FewbitsError, match=r"mlp\.down_proj: the Hessian cannot be factored .* more calibration text"):
-        GPTQ().solve(weight, parse_format("int4-g64"), indefinite, "mlp.down_proj")
+        GPTQ().solve(weight, parse_format("int4-g64"), Inputs(hessian=indefinite), "mlp.down_proj")
     hessian[3, 3] = torch.inf
     with pytest.raises(FewbitsError, match="overflowed"):
-        GPTQ().solve(weight, parse_format("int4-g64"), hessian, "w")
+        GPTQ().solve(weight, parse_format("int4-g64"), Inputs(hessian=hessian), "w")
 
 
 @pytest.mark.parametrize(

@@ -441,6 +441,6 @@ def test_the_fingerprint_names_all_that_decides_the_bytes() -> None:
     described = {field.name for field in dataclasses.fields(Job)} - {"out", "seed"}
     # `seed` acts through the token windows, whose hash is in the fingerprint.
     assert described == {
-        "source", "scheme", "method_name", "method", "sequential", "ignore", "dtype", "device",
+        "source", "scheme", "recipe", "sequential", "ignore", "dtype", "device",
         "checkpoint_format", "calibration", "probe",
     }  # fmt: skip

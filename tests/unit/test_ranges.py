@@ -16,6 +16,7 @@ from fewbits.algorithms.gptq import GPTQ
 from fewbits.algorithms.ranges import MSE, RANGES, AbsMax, ExponentBias, Percentile, TFEnhanced
 from fewbits.algorithms.rtn import RTN
 from fewbits.calibration.histogram import Histogram
+from fewbits.calibration.stats import Inputs
 from fewbits.core.errors import BadInput, FewbitsError, Unsupported
 from fewbits.formats import parse_format
 from fewbits.metrics.distributions import Gaussian, best_scale
@@ -259,7 +260,11 @@ def test_methods_take_their_ranges_from_an_estimator(name: str, method: type) ->
     options = {} if method is RTN else {"static_groups": False, "act_order": False}
     formats = ["int8-tensor"] if name == "kl" else ["int4-channel", "int4-asym-g128", "q4_k", "nf4-g64-dq"]
     for format in formats:
-        q = method(range=name, **options).solve(weight, parse_format(format), x.T @ x, "layer").quantized
+        q = (
+            method(range=name, **options)
+            .solve(weight, parse_format(format), Inputs(hessian=x.T @ x), "layer")
+            .quantized
+        )
         assert float((q.dequantize() - weight).square().mean()) < 0.1
     with pytest.raises(BadInput, match=r"range estimator 'mean'.*mse"):
         method(range="mean")
@@ -267,4 +272,4 @@ def test_methods_take_their_ranges_from_an_estimator(name: str, method: type) ->
 
 def test_a_histogram_for_every_group_is_refused() -> None:
     with pytest.raises(Unsupported, match="use mse"):
-        RTN(range="kl").solve(torch.randn(16, 512), parse_format("int8-g64"), None, "layer")
+        RTN(range="kl").solve(torch.randn(16, 512), parse_format("int8-g64"), Inputs(), "layer")

@@ -1,0 +1,85 @@
+"""Compositions: `--method awq,gptq,refine` as one recipe of steps.
+
+Steps run in the order of their roles whatever the order they are named in: transforms (as named), the one method
+that makes codes (`rtn` if none is named), refinements (as named). An option goes to every step that has a
+field of that name; `gptq.damping` goes to that step alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fewbits.algorithms import METHODS
+from fewbits.algorithms.base import ROLES, Refinement, Step, Transform, WeightMethod
+from fewbits.core.errors import BadInput, unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is done to every block. names: of the steps, in the order they are taken."""
+
+    names: tuple[str, ...]
+    transforms: tuple[Transform, ...]
+    weights: WeightMethod
+    refinements: tuple[Refinement, ...]
+
+    @property
+    def name(self) -> str:
+        return ",".join(self.names)
+
+    @property
+    def steps(self) -> dict[str, Step]:
+        """name -> step, in the order they are taken."""
+        return dict(zip(self.names, (*self.transforms, self.weights, *self.refinements), strict=True))
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        """Everything calibration must collect."""
+        return frozenset().union(*(step.statistics for step in self.steps.values()))
+
+    def describe(self) -> dict[str, Any]:
+        """JSON: the options of a single step, or those of each by its name."""
+        options = {name: dataclasses.asdict(step) for name, step in self.steps.items()}  # type: ignore[call-overload]
+        return {"name": self.name, **(options if len(options) > 1 else options[self.name])}
+
+
+def compose(names: str | Iterable[str], options: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe that `names` ("awq,gptq", or a sequence) spell, with `options`; BadInput says what is wrong."""
+    wanted = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+    if len(set(wanted)) != len(wanted):
+        raise BadInput(f"method {','.join(wanted)}: a step is named twice")
+    kinds = {name: METHODS.get(name) for name in wanted}
+    solvers = [name for name in wanted if kinds[name].role == "weights"]
+    if len(solvers) > 1:
+        raise BadInput(f"method {','.join(wanted)}: {' and '.join(solvers)} both make the codes; name one of them")
+    if not solvers:
+        kinds["rtn"] = METHODS.get("rtn")
+        solvers = ["rtn"]
+    ordered = sorted(kinds, key=lambda name: ROLES.index(kinds[name].role))  # stable: as named within a role
+    taken = _assign(ordered, kinds, dict(options or {}))
+    made = {name: kinds[name](**taken[name]) for name in ordered}
+
+    def of(role: str) -> tuple[Any, ...]:
+        return tuple(made[name] for name in ordered if kinds[name].role == role)
+
+    return Recipe(names=tuple(ordered), transforms=of("transform"), weights=made[solvers[0]], refinements=of("refine"))
+
+
+def _assign(ordered: list[str], kinds: Mapping[str, Any], options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """step -> its options."""
+    fields = {name: {field.name for field in dataclasses.fields(kinds[name])} for name in ordered}
+    taken: dict[str, dict[str, Any]] = {name: {} for name in ordered}
+    for option, value in options.items():
+        step, _, field = option.rpartition(".")
+        if step and step not in fields:
+            raise unknown("step in a method's option", step, ordered)
+        owners = [name for name in ([step] if step else ordered) if field in fields[name]]
+        if not owners:
+            allowed = sorted(set().union(*(fields[name] for name in ([step] if step else ordered))))
+            raise unknown(f"option of method {step or ','.join(ordered)}", field, allowed)
+        for name in owners:
+            taken[name][field] = value
+    return taken
