@@ -5,6 +5,7 @@ from fewbits.core.registry import Registry
 METHODS = Registry(
     "method",
     {
+        "awq": "fewbits.algorithms.awq:AWQ",
         "gptq": "fewbits.algorithms.gptq:GPTQ",
         "gptaq": "fewbits.algorithms.gptaq:GPTAQ",
         "rtn": "fewbits.algorithms.rtn:RTN",

@@ -63,6 +63,10 @@ class Topology:
         ("gate_proj", "up_proj"),
         ("down_proj",),
     )  # last components of module names; siblings of one parent that read the same input
+    products: tuple[tuple[str, str], ...] = (
+        ("self_attn.v_proj", "self_attn.o_proj"),
+        ("*up_proj", "*down_proj"),
+    )  # (writer, reader), patterns: a scale on the writer's rows comes out as one on the reader's columns
     blocks: str = "model.layers"
     embeddings: str = "model.embed_tokens"
     final_norm: str = "model.norm"
