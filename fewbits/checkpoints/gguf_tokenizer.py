@@ -39,8 +39,8 @@ def build_tokenizer(metadata: dict[str, Any], path: str, context: int) -> PreTra
 
     try:
         from transformers.integrations.gguf import convert_gguf_tokenizer
-    except ImportError:  # where transformers kept it before
-        from transformers.integrations import convert_gguf_tokenizer
+    except ImportError:  # where transformers keeps it up to 5.17
+        from transformers.integrations.ggml import convert_gguf_tokenizer
 
     described = _described(metadata, path)
     options = _special_tokens(metadata, described["tokens"], path)
