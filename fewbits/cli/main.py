@@ -12,6 +12,7 @@ from fewbits.cli.chat import chat
 from fewbits.cli.demo import demo
 from fewbits.cli.evaluate import evaluate
 from fewbits.cli.generate import generate
+from fewbits.cli.inspect import inspect
 from fewbits.cli.listing import listing
 from fewbits.cli.quantize import quantize
 from fewbits.cli.report import report
@@ -27,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("inspect")(inspect)
 app.command("quantize")(quantize)
 app.command("eval")(evaluate)
 app.command("report")(report)

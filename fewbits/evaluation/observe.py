@@ -207,8 +207,7 @@ class _Pass:
         for block, members in stages:
             head = members[0]
             channels = head.shape[1]
-            residual = head.kind not in _WRITERS and channels == width
-            self.places[head.name] = Place(head.name, block, head.kind, channels, residual=residual)
+            self.places[head.name] = Place(head.name, block, head.kind, channels, residual=reads_stream(head, width))
         observed.inputs.extend(self.places.values())
 
     def opened(self) -> contextlib.ExitStack:
@@ -239,25 +238,32 @@ class _Pass:
             self.observed.hidden.append(Place(name, block, "hidden", x.shape[-1]))
         place = self.observed.hidden[index]
         place.see(x, self.observed.classes[self.window])
-        self._massive(block, x[0].float(), max(place.medians[-1], torch.finfo(torch.float32).tiny))
+        self.observed.massive += massive_values(block, self.window, self.observed.ids[self.window], x[0], place)
 
-    def _massive(self, block: int, x: Tensor, median: float) -> None:
-        magnitude = x.abs()
-        large = (magnitude > max(MASSIVE, MASSIVE_RATIO * median)).nonzero()
-        order = magnitude[large[:, 0], large[:, 1]].argsort(descending=True)[:LISTED]
-        for position, dimension in large[order].tolist():
-            value = float(x[position, dimension])
-            self.observed.massive.append(
-                Massive(
-                    block=block,
-                    window=self.window,
-                    position=position,
-                    dimension=dimension,
-                    token=int(self.observed.ids[self.window, position]),
-                    value=value,
-                    ratio=abs(value) / median,
-                )
-            )
+
+def reads_stream(ref: Ref, width: int) -> bool:
+    """Whether the channels that `ref` reads are those of a residual stream of `width`."""
+    return ref.kind not in _WRITERS and ref.shape[1] == width
+
+
+def massive_values(block: int, window: int, ids: Tensor, x: Tensor, place: Place) -> list[Massive]:
+    """The massive activations among hidden states [T, channels] of a window of `ids` [T] that `place` has just seen."""
+    x, median = x.float(), max(place.medians[-1], torch.finfo(torch.float32).tiny)
+    magnitude = x.abs()
+    large = (magnitude > max(MASSIVE, MASSIVE_RATIO * median)).nonzero()
+    order = magnitude[large[:, 0], large[:, 1]].argsort(descending=True)[:LISTED]
+    return [
+        Massive(
+            block=block,
+            window=window,
+            position=position,
+            dimension=dimension,
+            token=int(ids[position]),
+            value=float(x[position, dimension]),
+            ratio=abs(float(x[position, dimension])) / median,
+        )
+        for position, dimension in large[order].tolist()
+    ]
 
 
 # ---- what was seen, in JSON

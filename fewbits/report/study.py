@@ -49,22 +49,30 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyPage:
-    """What a page says. title, verdict (one or two sentences: the finding) and chips are text; tiles are HTML."""
+    """What a page says. title, verdict (one or two sentences: the finding) and chips are text; tiles are HTML.
+
+    brand: the command that made it.
+    """
 
     title: str
     verdict: str
     parts: Sequence[Part]
     chips: Sequence[str] = ()
     tiles: Sequence[str] = field(default=())
+    brand: str = "fewbits study"
 
 
 def write_study(record: dict[str, Any], directory: str | os.PathLike[str]) -> dict[str, Any]:
     """Writes record, figures and page to `directory`, made if need be; the paths as {"record", "page", "figures"}."""
+    return write_page(record, PAGES.get(record["study"])(record), directory)
+
+
+def write_page(record: dict[str, Any], page: StudyPage, directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The same for a page that is no study's."""
     name = record["study"]
-    page: StudyPage = PAGES.get(name)(record)
     target = Path(directory)
     if target.exists() and not target.is_dir():
-        raise BadInput(f"'{target}' is a file; name a directory to write the study to")
+        raise BadInput(f"'{target}' is a file; name a directory to write the {name} page to")
     target.mkdir(parents=True, exist_ok=True)
     text = _html(page, record)
     figures = [
@@ -84,13 +92,13 @@ def _html(page: StudyPage, record: dict[str, Any]) -> str:
     chips = "".join(f"<li>{esc(chip)}</li>" for chip in page.chips)
     tiles = f'<div class="tiles">{"".join(page.tiles)}</div>' if page.tiles else ""
     header = (
-        f'<header>\n<p class="brand">fewbits study</p>\n<h1>{esc(page.title)}</h1>\n'
+        f'<header>\n<p class="brand">{esc(page.brand)}</p>\n<h1>{esc(page.title)}</h1>\n'
         f'<ul class="chips">{chips}</ul>\n<p class="verdict">{esc(page.verdict)}</p>\n{tiles}</header>'
     )
     parts = [section(part.title, part.lead, _drawn(part), part.table) for part in page.parts]
     sources = "".join(f"<li>{esc(source)}</li>" for source in record["sources"])
-    parts.append(section("Sources", "", f'<ul class="notes">{sources}</ul>'))
-    parts.append(section("Record", "What it takes to repeat the study.", _record(record)))
+    parts.append(section("Sources", "", f'<ul class="notes">{sources}</ul>' if sources else ""))
+    parts.append(section("Record", "What it takes to repeat this.", _record(record)))
     made = f"Made by fewbits {esc(record['fewbits'])} from {esc(record['study'])}.json."
     return document(page.title, header, "".join(parts), made)
 

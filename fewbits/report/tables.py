@@ -13,16 +13,22 @@ _MAX_LAYER_ROWS = 1000
 
 
 def table(
-    heads: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_from: int = 1, marked: int | None = None
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    numbers_from: int = 1,
+    numbers_to: int | None = None,
+    marked: int | None = None,
 ) -> str:
     """A table that scrolls sideways when the page is narrow. Cells are HTML; heads are text.
 
-    numbers_from: columns from here on are right-aligned. marked: index of the row to set off.
+    numbers_from: columns from here on, up to but not `numbers_to`, are right-aligned. marked: the row to set off.
     """
     marks = ("", ' class="num"')
 
     def cell(tag: str, index: int, content: str) -> str:
-        return f"<{tag}{marks[index >= numbers_from]}>{content}</{tag}>"
+        number = numbers_from <= index < (len(heads) if numbers_to is None else numbers_to)
+        return f"<{tag}{marks[number]}>{content}</{tag}>"
 
     head = "".join(cell("th", index, esc(name)) for index, name in enumerate(heads))
     body = "".join(
