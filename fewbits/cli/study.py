@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,3 +45,79 @@ def formats(out: Out = None, as_json: AsJson = False) -> None:
     Every format at its best clipping, against the best there can be at as many bits (Lloyd-Max, rate-distortion).
     """
     run("formats", out, as_json)
+
+
+@app.command("bits")
+@guarded()
+def bits(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="One model, truncated to several depths, or several models.")
+    ],
+    bits: Annotated[str, typer.Option(metavar="LIST", help="Bit-widths: 2-8, or 3,4,5.")] = "2-8",
+    types: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Data types, the first on every size: int-asym,int,float,...")
+    ] = None,
+    block_sizes: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Weights that share a scale. Default: 32,64,128,channel.")
+    ] = None,
+    formats: Annotated[
+        str, typer.Option(metavar="LIST", help="Further formats, on the largest size: nvfp4,int4-g16,...")
+    ] = "",
+    depths: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Blocks to keep. Default: all, 90 %, 80 %, two thirds.")
+    ] = None,
+    truncate: Annotated[str, typer.Option(help="Which blocks go first: importance or random.")] = "importance",
+    draws: Annotated[int | None, typer.Option(help="Random truncations of each depth. Default: 3.")] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text file. Default: built-in, held out.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Sequences to evaluate on. Default: 8.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence. Default: 96.")] = None,
+    seed: Annotated[int, typer.Option(help="Chooses the sequences and the random truncations.")] = 0,
+    full: Annotated[bool, typer.Option("--full", help="Every data type and block size, on every size: hours.")] = False,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """How many bits per weight are best per total bit: quality of 2 to 8 bits against the bits of the whole model.
+
+    Round-to-nearest in memory on each size, data type and block size; Dettmers and Zettlemoyer's k-bit scaling laws.
+    """
+    given = {
+        "types": _list(types),
+        "block_sizes": _list(block_sizes),
+        "depths": _numbers(depths, "depths"),
+    }
+    run(
+        "bits",
+        out,
+        as_json,
+        models=models,
+        bits=_numbers(bits, "bits") or (),
+        formats=_list(formats) or (),
+        truncate=truncate,
+        draws=draws,
+        text=text,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        full=full,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def _list(text: str | None) -> list[str] | None:
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str | None, what: str) -> list[int] | None:
+    """'2-4,8' -> [2, 3, 4, 8]."""
+    from fewbits.core.errors import BadInput
+
+    found: list[int] = []
+    for part in _list(text) or []:
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
+        if match is None:
+            raise BadInput(f"--{what} {text!r}: numbers and ranges separated by commas, such as 2-4,8")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last - first > 999:
+            raise BadInput(f"--{what} {text!r}: {part} is a range of {last - first + 1} numbers")
+        found += range(first, last + 1)
+    return found if text is not None else None

@@ -85,8 +85,8 @@ def remember(
 
     Arguments as for `evaluate`; directory: where the predictions go (default: the temporary directory).
     """
-    with _opened(model, device) as loaded:
-        tokens = _tokens(loaded, text, samples, sequence_length, seed)
+    with opened(model, device) as loaded:
+        tokens = windows(loaded, text, samples, sequence_length, seed)
         forward = Forward(loaded.model, loaded.name)
         check_ids(tokens.ids, forward.vocabulary, loaded.name)
         place = None if directory is None else os.fspath(directory)
@@ -107,14 +107,14 @@ def _measure(
     **options: Any,
 ) -> Evaluation:
     began = time.monotonic()
-    with _opened(model, device) as loaded:
+    with opened(model, device) as loaded:
         if tokens is None:
-            tokens = _tokens(loaded, **options)
+            tokens = windows(loaded, **options)
         forward = Forward(loaded.model, loaded.name)
         if reference is not None:
             _same_vocabulary(reference, forward, loaded.tokenizer)
         check_ids(tokens.ids, forward.vocabulary, loaded.name)
-        scores = _score(forward, tokens.ids, reference, progress)
+        scores = score(forward, tokens.ids, reference, progress)
         dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
         where = forward.device.type
         name = loaded.name
@@ -140,15 +140,20 @@ def _measure(
 
 
 @dataclass(kw_only=True)
-class _Scores:
+class Scores:
+    """What a model says of each token."""
+
     nll: torch.Tensor  # float32 [samples, length - 1]
     kl: torch.Tensor  # float32 [samples, length], zeros without a reference
     top1: torch.Tensor  # float32 [samples, length], 1 where the two agree
 
 
-def _score(forward: Forward, ids: torch.Tensor, reference: Reference | None, progress: Progress | None) -> _Scores:
+def score(
+    forward: Forward, ids: torch.Tensor, reference: Reference | None = None, progress: Progress | None = None
+) -> Scores:
+    """The model of `forward` over the windows `ids` [samples, length], compared with `reference` if there is one."""
     count, length = ids.shape
-    scores = _Scores(nll=torch.zeros(count, length - 1), kl=torch.zeros(count, length), top1=torch.zeros(count, length))
+    scores = Scores(nll=torch.zeros(count, length - 1), kl=torch.zeros(count, length), top1=torch.zeros(count, length))
     for window in range(count):
         for rows, logits in forward.slabs(ids[window]):
             scores.nll[window, rows.start : rows.stop] = slab_nll(ids[window], rows, logits)
@@ -166,14 +171,14 @@ def _score(forward: Forward, ids: torch.Tensor, reference: Reference | None, pro
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Loaded:
+class Opened:
     model: nn.Module
     tokenizer: Any  # None when a model was passed alone
     name: str
 
 
 @contextlib.contextmanager
-def _opened(model: Model, device: str | torch.device | None) -> Iterator[_Loaded]:
+def opened(model: Model, device: str | torch.device | None = None) -> Iterator[Opened]:
     """`model` loaded, in eval mode and inference mode; a model passed in gets its own mode back."""
     loaded = _load(model, device)
     training = loaded.model.training
@@ -185,14 +190,14 @@ def _opened(model: Model, device: str | torch.device | None) -> Iterator[_Loaded
         loaded.model.train(training)
 
 
-def _load(model: Model, device: str | torch.device | None) -> _Loaded:
+def _load(model: Model, device: str | torch.device | None) -> Opened:
     if isinstance(model, str | os.PathLike):
         # Imported here: a model passed in needs none of the readers this pulls in.
         from fewbits.runtime.load import load
 
         on_cpu = torch.device(device).type == "cpu" if device is not None else not torch.cuda.is_available()
         module, tokenizer = load(os.fspath(model), device=device, dtype=torch.float32 if on_cpu else None)
-        return _Loaded(model=module, tokenizer=tokenizer, name=os.fspath(model))
+        return Opened(model=module, tokenizer=tokenizer, name=os.fspath(model))
     module, tokenizer = model if isinstance(model, tuple) and len(model) == 2 else (model, None)
     if not isinstance(module, nn.Module):
         raise BadInput(
@@ -200,13 +205,21 @@ def _load(model: Model, device: str | torch.device | None) -> _Loaded:
             "or the pair (model, tokenizer)"
         )
     config = getattr(module, "config", None)
-    return _Loaded(model=module, tokenizer=tokenizer, name=getattr(config, "name_or_path", "") or type(module).__name__)
+    return Opened(model=module, tokenizer=tokenizer, name=getattr(config, "name_or_path", "") or type(module).__name__)
 
 
-def _tokens(loaded: _Loaded, text: TextSpec, samples: int | None, sequence_length: int | None, seed: int) -> TokenSet:
+def windows(
+    loaded: Opened,
+    text: TextSpec = None,
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    split: str = "evaluation",
+) -> TokenSet:
+    """Token windows of `text` for the model; arguments as for `evaluate`, `split` of the built-in text."""
     if loaded.tokenizer is None:
         raise BadInput(f"{loaded.name} came without its tokenizer; pass (model, tokenizer)")
-    texts, description = read_texts(text, split="evaluation")
+    texts, description = read_texts(text, split=split)
     return pack(
         texts,
         loaded.tokenizer,

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import torch
 
-_SLAB_ELEMENTS = 1 << 22  # 32 MiB a float64 buffer, three of them live
+_SLAB_ELEMENTS = 1 << 20  # 8 MiB a float64 buffer, three of them live: four times as many took 1.6 times as long
 
 
 def kl(reference_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

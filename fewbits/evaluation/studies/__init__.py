@@ -11,6 +11,7 @@ STUDIES = Registry(
     "study",
     {
         "formats": "fewbits.evaluation.studies.formats:study",
+        "bits": "fewbits.evaluation.studies.bits:study",
     },
 )
 
