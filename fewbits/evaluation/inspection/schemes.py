@@ -24,7 +24,6 @@ from fewbits.models.walk import ExpertRef, Ref
 # (scheme, group size or None for the scheme's own), most bits first.
 TRIED: tuple[tuple[str, int | None], ...] = (
     ("W8A16", None),
-    ("FP8_W8A16", None),
     ("W8A8", None),
     ("FP8_DYNAMIC", None),
     ("NVFP4A16", None),
