@@ -86,6 +86,7 @@ def methods() -> list[Row]:
     return [
         {
             "method": name,
+            "role": method.role,
             "needs": ", ".join(sorted(method.statistics)) or "no data",
             "options": ", ".join(field.name for field in dataclasses.fields(method)),
             "what": _summary(method),

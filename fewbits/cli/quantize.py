@@ -11,6 +11,7 @@ import typer
 from fewbits.cli.boundary import guarded
 from fewbits.cli.console import message, plus_minus, print_json
 from fewbits.cli.progress import ProgressBar
+from fewbits.core.errors import BadInput
 from fewbits.core.units import bytes_text, duration_text
 
 FORMATS = ("auto", "compressed-tensors", "native")
@@ -22,7 +23,16 @@ def quantize(
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory to write; a killed run resumes there.")],
     scheme: Annotated[str, typer.Option(help="Scheme (W4A16, FP8_DYNAMIC, …) or format name.")] = "W4A16",
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale.")] = None,
-    method: Annotated[str, typer.Option(help="How codes are chosen: gptq or rtn.")] = "gptq",
+    method: Annotated[
+        str, typer.Option(help="Steps, joined by commas (awq,gptq,refine): see `fewbits list methods`.")
+    ] = "gptq",
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="NAME=VALUE", help="Option of a step, or STEP.NAME=VALUE; may be repeated."),
+    ] = None,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Calibrate each linear on the quantized ones before it in its block.")
+    ] = False,
     calibration: Annotated[
         list[Path] | None,
         typer.Option(help="Text file, may be repeated. Default: built-in text.", show_default=False),
@@ -59,7 +69,8 @@ def quantize(
         "ignore": ignore,
         "eval_samples": eval_samples,
     }
-    options = {"act_order": act_order, "damping": damp, "range": range}
+    named = {"act_order": act_order, "damping": damp, "range": range}
+    options = {**{name: value for name, value in named.items() if value is not None}, **parse_options(option or [])}
     with ProgressBar() as bar:
         path = run(
             model,
@@ -67,7 +78,8 @@ def quantize(
             out=out,
             group_size=group_size,
             method=method,
-            method_options={name: value for name, value in options.items() if value is not None},
+            method_options=options,
+            sequential=sequential,
             calibration=list(calibration) if calibration else None,
             seed=seed,
             dtype=dtype,
@@ -82,6 +94,20 @@ def quantize(
         print_json(summary)
     else:
         tell(summary)
+
+
+def parse_options(given: list[str]) -> dict[str, Any]:
+    """NAME=VALUE of each; values as JSON where they are (3, 0.5, true), else as text."""
+    found: dict[str, Any] = {}
+    for text in given:
+        name, sign, value = text.partition("=")
+        if not sign or not name:
+            raise BadInput(f"--option {text!r}: write it as NAME=VALUE, e.g. rounds=5 or gptq.damping=0.02")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
 
 
 def summarise(out: Path) -> dict[str, Any]:

@@ -318,3 +318,12 @@ def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressBar(quiet=True) as bar:
         bar.step("evaluate", 1, 1)
     assert capsys.readouterr().err == ""
+
+
+def test_options_of_steps_are_read_as_json_or_text() -> None:
+    from fewbits.cli.quantize import parse_options
+
+    found = parse_options(["rounds=5", "gptq.damping=0.02", "act_order=false", "range=mse"])
+    assert found == {"rounds": 5, "gptq.damping": 0.02, "act_order": False, "range": "mse"}
+    with pytest.raises(BadInput, match="NAME=VALUE"):
+        parse_options(["rounds"])
