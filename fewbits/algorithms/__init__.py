@@ -8,6 +8,7 @@ METHODS = Registry(
         "awq": "fewbits.algorithms.awq:AWQ",
         "gptq": "fewbits.algorithms.gptq:GPTQ",
         "gptaq": "fewbits.algorithms.gptaq:GPTAQ",
+        "hqq": "fewbits.algorithms.hqq:HQQ",
         "rtn": "fewbits.algorithms.rtn:RTN",
         "refine": "fewbits.algorithms.refine:Refine",
     },

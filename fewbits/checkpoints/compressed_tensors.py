@@ -48,7 +48,7 @@ _GRIDS = (*(ELEMENTS[f"int{bits}"] for bits in range(2, 9)), *UNSIGNED.values(),
 def refuses(format: Format, activations: Format | None, shape: tuple[int, int]) -> str | None:
     """Why compressed-tensors cannot say this layer, or None if it can."""
     scaling, kind = format.scaling, format.grid.kind
-    if format.grid not in _GRIDS or not isinstance(scaling.store, PlainScale):
+    if format.grid not in _GRIDS or not isinstance(scaling.store, PlainScale) or scaling.minimum:
         return f"it has no {format.name}"
     if scaling.block == "tile":
         return f"fewbits writes no tiles of {scaling.group_size} in it"

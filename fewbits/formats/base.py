@@ -9,8 +9,9 @@ GPTQ, or quantization-aware training needs.
 Layout. A weight is [out, in]; blocks run along the input dimension. Scales are [out, G] for groups
 (column c belongs to group c // group_size, so the last group is shorter when group_size does not divide
 in), [out, 1] per channel (or token), [1, 1] per tensor, [ceil(out/128), ceil(in/128)] for 128 x 128 tiles.
-Zero points have the scales' shape, are integers in the grid's own range and stored as uint8; minima (GGUF's
-K-quants) are real and stored as their format says.
+Zero points have the scales' shape, are integers in the grid's own range and stored as uint8; minima are real and
+stored in the scales' dtype, or as GGUF's K-quants say. A zero point keeps zero exact; a minimum reaches both ends of
+a block exactly, for more bits.
 
 Scales are rounded to what is stored *before* anything is snapped: what is decoded later is what was
 optimised. `params` and `params_from_range` round what can be rounded block by block; `settle` does the rest,
@@ -187,6 +188,8 @@ class Format:
         found.update(self.scaling.store.layout(rows, groups))
         if self.scaling.zero_point:
             found["zero"] = ((rows, packing.packed_length(groups, self.bits)), torch.uint8)
+        if self.scaling.minimum:
+            found["minimum"] = ((rows, groups), self.scaling.scale_dtype)
         if self.fit:
             found["levels"] = ((1 << self.bits,), torch.float32)
         return found
@@ -245,10 +248,13 @@ class Format:
     def params_from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale (rounded as far as its store can alone) and zero (uint8 or None) covering [low, high] per block.
 
-        Zero is always representable: the range is widened to include it. An empty range gives scale 1.
+        Zero is always representable, the range being widened to include it, unless the scaling has a minimum. An
+        empty range gives scale 1.
         Raises BadInput where a scale overflows its stored dtype.
         """
         levels = self.grid.levels
+        if self.scaling.minimum:
+            return self._params_with_minimum(low.float(), high.float())
         low, high = low.clamp(max=0).float(), high.clamp(min=0).float()
         if self.scaling.zero_point:
             reach, top = high - low, levels[-1] - levels[0]
@@ -263,6 +269,17 @@ class Format:
             return scale, None
         zero = torch.round(-low / scale.float()).clamp_(levels[0], levels[-1])
         return scale, zero.to(torch.uint8)
+
+    def _params_with_minimum(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        levels, store = self.grid.levels, self.scaling.store
+        reach = high - low
+        raw = reach / torch.full_like(reach, levels[-1] - levels[0])
+        scale = store.round(raw, self.grid.top)
+        scale = torch.where(raw == 0, torch.ones_like(scale), scale)
+        minimum = (levels[0] * scale.float() - low).to(scale.dtype)
+        if not bool(torch.isfinite(minimum).all()):
+            raise BadInput(f"a minimum of {float(-low.min()):.3g} overflows {scale.dtype}: store scales as bfloat16")
+        return scale, minimum
 
     @property
     def symmetric(self) -> bool:
@@ -308,7 +325,7 @@ class Format:
         """Scale and zero as they will be read back, and the tensors that store them (all but `codes`)."""
         scale, state = self.scaling.store.settle(scale)
         if zero is not None:
-            state["zero"] = packing.pack(zero, self.bits)
+            state |= {"minimum": zero} if self.scaling.minimum else {"zero": packing.pack(zero, self.bits)}
         if self.fit:
             levels = torch.tensor(self.grid.levels, device=scale.device)
             state["levels"] = torch.cat([levels, levels[-1:].expand((1 << self.bits) - len(levels))])
@@ -317,8 +334,10 @@ class Format:
     def unsettle(self, shape: tuple[int, int], state: State) -> tuple[Tensor, Tensor | None]:
         """Scale and zero of a matrix of `shape` from the tensors that `settle` gave."""
         rows, groups = self.parameter_shape(shape)
-        zero = packing.unpack(state["zero"], self.bits, groups) if self.scaling.zero_point else None
-        return self.scaling.store.value(state, rows, groups), zero
+        scale = self.scaling.store.value(state, rows, groups)
+        if self.scaling.minimum:
+            return scale, state["minimum"]
+        return scale, packing.unpack(state["zero"], self.bits, groups) if self.scaling.zero_point else None
 
     def fitted(self, w: Tensor, importance: Tensor | None = None) -> Format:
         """This format with its grid fitted to `w` [out, in]; itself where nothing is to be fitted.

@@ -1,11 +1,12 @@
 """Format names: element, then how zero is treated, then which block shares a scale, then how scales are stored.
 
-    int4-g128   int4-asym-g64   int4-narrow-channel   int8-token   fp8_e4m3-tensor   fp8_e4m3-tile128
+    int4-g128   int4-asym-g64   int4-min-g64   int4-narrow-channel   int8-token   fp8_e4m3-tensor   fp8_e4m3-tile128
     nf4-g64     nf4-g64-dq      fp4_e2m1-g32-e8m0     fp4_e2m1-g16-e4m3
 
 | part | says |
 |---|---|
 | `-asym` | integers with a zero point |
+| `-min` | integers from 0 and a real minimum per block, stored as its scale is: HQQ's zero |
 | `-narrow` | integers of the restricted range, -(2**(b-1)-1) up: zero is the middle level |
 | `-tensor` `-channel` `-token` `-g64` `-tile128` | which block shares a scale |
 | `-dq` `-e8m0` `-e4m3` | scales stored twice quantized, as powers of two, as E4M3 under an outer float32 |
@@ -34,7 +35,7 @@ STORES: dict[str, Callable[[], ScaleStore]] = {
     "e4m3": FloatScale,
 }
 _NAME = re.compile(
-    r"(?P<element>[a-z0-9_]+?)(?:-(?P<zero>asym|narrow))?"
+    r"(?P<element>[a-z0-9_]+?)(?:-(?P<zero>asym|min|narrow))?"
     r"-(?P<block>tensor|channel|token|g(?P<size>\d+)|tile(?P<tile>\d+))"
     rf"(?:-(?P<store>{'|'.join(STORES)}))?"
 )
@@ -80,16 +81,17 @@ def parse_format(name: str) -> Format:
     if size == 0:
         raise BadInput(f"format {name!r}: a group holds at least 1 weight; common sizes are 32, 64 and 128")
     block = match["block"] if size is None else "group" if match["size"] is not None else "tile"
-    asymmetric, fit = match["zero"] == "asym", match["element"] in FITTED
-    if asymmetric and match["store"] is not None:
-        raise BadInput(f"format {name!r}: scales stored as {match['store']} take no zero point; leave -asym out")
+    moved, fit = match["zero"] if match["zero"] in ("asym", "min") else None, match["element"] in FITTED
+    if moved and match["store"] is not None:
+        raise BadInput(f"format {name!r}: scales stored as {match['store']} take no offset; leave -{moved} out")
     return Format(
         name=name,
         grid=_grid(name, match["element"], match["zero"]),
         scaling=Scaling(
             block=block,
             group_size=size,
-            zero_point=asymmetric,
+            zero_point=moved == "asym",
+            minimum=moved == "min",
             store=STORES[match["store"]]() if match["store"] else PlainScale(),
         ),
         fit=fit,
@@ -103,9 +105,9 @@ FITTED = frozenset(name for name in ELEMENTS if name.endswith("_fit"))
 def _grid(name: str, element: str, zero: str | None) -> Grid:
     if zero is None:
         return ELEMENTS[element]
-    table = UNSIGNED if zero == "asym" else NARROW
+    table = NARROW if zero == "narrow" else UNSIGNED
     if element not in table:
-        takes = "a zero point" if zero == "asym" else "a restricted range"
+        takes = {"asym": "a zero point", "min": "a minimum", "narrow": "a restricted range"}[zero]
         raise BadInput(f"format {name!r}: only integer types take {takes}; use {name.replace(f'-{zero}', '')!r}")
     return table[element]
 
@@ -119,7 +121,7 @@ def _examples(element: str) -> list[str]:
         return [f"{element}-g64", f"{element}-channel"]
     names = [f"{element}-g64", f"{element}-g128", *(f"{element}-{block}" for block in _BLOCKS), f"{element}-tile128"]
     if element in UNSIGNED:
-        names += [f"{element}-asym-g64", f"{element}-asym-channel", f"{element}-narrow-g64"]
+        names += [f"{element}-asym-g64", f"{element}-asym-channel", f"{element}-min-g64", f"{element}-narrow-g64"]
     return names
 
 

@@ -112,10 +112,9 @@ def test_quantize_obeys_its_laws_at_any_shape(name: str, data: st.DataObject) ->
     # No error beyond half the widest gap, but for what lies outside of the range that the stored scale spans.
     levels = q.format.grid.levels
     gap = max(b - a for a, b in itertools.pairwise(levels))
-    offset = 0 if zero is None else zero.float()
-    low, high = ((end - offset) * scale.float() for end in (levels[0], levels[-1]))
+    low, high = (q.format._valued(torch.full(shape, end), scale, zero) for end in (levels[0], levels[-1]))
     outside = torch.maximum(w - high, low - w).clamp(min=0)
-    rounding = (gap / 2 + 0.001 + (0.5 if zero is not None else 0)) * scale.float()
+    rounding = (gap / 2 + 0.001 + (0.5 if format.scaling.zero_point else 0)) * scale.float()
     assert bool(((w - decoded).abs() <= rounding + outside).all())
 
 
@@ -125,7 +124,10 @@ def test_zeros_stay_zeros(name: str) -> None:
     w = torch.zeros(3, 256)
     w[1, :64] = 0.3
     decoded = format.quantize(w).dequantize()
-    assert bool((decoded[w == 0] == 0).all())
+    if format.scaling.minimum and not isinstance(format, BlockFormat):
+        assert float((decoded - w).abs().max()) < 0.3  # a real minimum meets the ends of a block, not zero
+    else:
+        assert bool((decoded[w == 0] == 0).all())
     assert bool((format.quantize(torch.zeros(2, 256)).dequantize() == 0).all())
 
 

@@ -25,6 +25,7 @@ FORMATS = [
     "mxfp4",
     "nf4-g64-dq",
     "lloyd3_fit-g64",
+    "int3-min-g64",
 ]
 
 
@@ -56,8 +57,12 @@ def test_a_step_says_what_it_is(name: str) -> None:
     assert compose(name).names[-1 if step.role != "transform" else 0] == name
 
 
+# Methods that look at no data are not judged by the outputs (their own laws: tests/unit/test_<method>.py).
+CALIBRATED = [name for name in of_role("weights", "refine") if METHODS.get(name).statistics]
+
+
 @pytest.mark.parametrize("format_name", FORMATS)
-@pytest.mark.parametrize("method", of_role("weights", "refine"))
+@pytest.mark.parametrize("method", CALIBRATED)
 def test_never_worse_than_rounding_on_its_own_objective(method: str, format_name: str) -> None:
     _, inputs = correlated(160, 1000, 0.6)
     assert inputs.hessian is not None
