@@ -51,6 +51,8 @@ class InputSum:
     """Running sums over tokens of what `wanted` names; `inputs()` normalises them."""
 
     def __init__(self, in_features: int, wanted: frozenset[str], device: torch.device | str = "cpu") -> None:
+        self.wanted, self.device = wanted, device
+
         def matrix(name: str) -> Tensor | None:
             if name not in wanted:
                 return None

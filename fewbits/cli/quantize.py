@@ -30,6 +30,9 @@ def quantize(
         list[str] | None,
         typer.Option("--option", metavar="NAME=VALUE", help="Option of a step, or STEP.NAME=VALUE; may be repeated."),
     ] = None,
+    experts: Annotated[
+        str, typer.Option(help="Experts that saw few tokens: borrow the others' statistics, or go data-free.")
+    ] = "borrow",
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Calibrate each linear on the quantized ones before it in its block.")
     ] = False,
@@ -80,6 +83,7 @@ def quantize(
             method=method,
             method_options=options,
             sequential=sequential,
+            experts=experts,
             calibration=list(calibration) if calibration else None,
             seed=seed,
             dtype=dtype,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fewbits.algorithms.base import Block, Stage
 from fewbits.algorithms.compose import Recipe
 from fewbits.calibration.collect import Original, Ref, collect_inputs, input_stages
+from fewbits.calibration.coverage import cover
 from fewbits.calibration.stats import Inputs, InputSum
 from fewbits.core.errors import Unsupported
 from fewbits.formats import Format, Quantized, Scheme
@@ -53,11 +54,13 @@ def solve_block(
     reference: Sequence[Tensor] = (),
     *,
     sequential: bool,
+    experts: str = "borrow",
 ) -> tuple[list[Layer], dict[str, Tensor]]:
     """Quantizes `refs` of block `index`, resident in `shell`; leaves the decoded weights in the block.
 
     `hidden` are the calibration inputs of the block, `reference` the same text's in the original model. Recipes that
-    need no statistics see no text. Returns the layers, and other parameters of the block that changed.
+    need no statistics see no text. experts: what is done for those that calibration hardly reached, of POLICIES in
+    calibration/coverage.py. Returns the layers, and other parameters of the block that changed.
     """
     prefix, module = shell.blocks[index]
 
@@ -79,7 +82,8 @@ def solve_block(
         if calibrated:
             sums = collect_inputs(wanted, forward, hidden, recipe.statistics, original)
         ordered = [ref for stage in wanted for ref in stage]
-        return [_stage(members, sums, prefix) for members in _sharing(ordered, sums)]
+        few = cover(ordered, sums, experts, prefix)
+        return [_stage(members, sums, few, prefix) for members in _sharing(ordered, sums)]
 
     changed: dict[str, Tensor] = {}
     notes: dict[str, list[str]] = {}
@@ -120,10 +124,11 @@ def _restored(refs: Sequence[Ref], weights: Mapping[str, Tensor]) -> Iterator[No
                 ref.write(now[ref.name])
 
 
-def _stage(members: Sequence[Ref], sums: Mapping[str, InputSum], prefix: str) -> Stage:
+def _stage(members: Sequence[Ref], sums: Mapping[str, InputSum], few: Mapping[str, Inputs], prefix: str) -> Stage:
     head = members[0].name
-    inputs = sums[head].inputs(f"{prefix}.{head}.weight") if head in sums else Inputs()
-    return Stage(refs=members, inputs=inputs)
+    if head in few:
+        return Stage(refs=members, inputs=few[head])
+    return Stage(refs=members, inputs=sums[head].inputs(f"{prefix}.{head}.weight") if head in sums else Inputs())
 
 
 def _sharing(refs: Sequence[Ref], sums: Mapping[str, InputSum]) -> list[list[Ref]]:
@@ -184,6 +189,7 @@ def _solve(
             "bits": format.bits_per_weight(part.shape),
             "parameters": weight.numel(),
             "tokens": inputs.tokens if recipe.statistics else None,
+            "expert": ref.index if isinstance(ref, ExpertRef) else None,
             "weight_sqnr_db": finite(sqnr_db(weight, decoded)),
             "relative_error": weight_error(weight, decoded),
             "rtn_relative_error": None,

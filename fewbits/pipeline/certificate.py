@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewbits.calibration import coverage
 from fewbits.checkpoints.base import read_json
 from fewbits.core.record import environment, now, versions, write_json
 
@@ -53,6 +54,10 @@ def build(
     parameters = sum(_count(job, entry["name"]) for entry in tensors if entry["bytes"])
     config = job.source.config()
     record = environment()
+    experts = coverage.report(layers, job.experts)
+    fallbacks = sorted({f"{layer['name']}: {note}" for layer in layers for note in layer["notes"]})
+    if experts is not None and experts["few"]:
+        fallbacks.append(coverage.sentence(experts))
     return {
         "fewbits": versions().get("fewbits", "unknown"),
         "created": now(),
@@ -87,7 +92,8 @@ def build(
             "bits_per_weight": bits / quantized,
             "bits_per_weight_model": 8 * size / parameters,
         },
-        "fallbacks": sorted({f"{layer['name']}: {note}" for layer in layers for note in layer["notes"]}),
+        "experts": experts,
+        "fallbacks": fallbacks,
         "evaluations": evaluations,
         "samples": [],
         "seconds": seconds,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fewbits.algorithms.compose import Recipe, compose
+from fewbits.calibration.coverage import POLICIES
 from fewbits.calibration.data import TextSpec, TokenSet, pack, read_texts
 from fewbits.checkpoints.base import Source
 from fewbits.checkpoints.source import open_source
@@ -39,6 +40,7 @@ class Job:
     calibration: TokenSet | None
     probe: TokenSet | None
     seed: int
+    experts: str
 
     def fingerprint(self) -> dict[str, Any]:
         """JSON that two runs share exactly when they compute the same tensors."""
@@ -47,6 +49,7 @@ class Job:
             "source": self.source.identity,
             "scheme": [self.scheme.weights.name, self.scheme.activations and self.scheme.activations.name],
             "method": [self.recipe.name, repr(self.recipe), self.sequential],
+            "experts": self.experts,
             "ignore": list(self.ignore),
             "dtype": str(self.dtype),
             "device": self.device.type,
@@ -60,10 +63,12 @@ def prepare(
     out: Path, model: str | Path, scheme_name: str, group_size: int | None, method_name: str,
     options: dict[str, Any], text: TextSpec, samples: int | None, sequence_length: int | None, seed: int,
     ignore: tuple[str, ...], dtype_name: str | None, device_name: str | None, checkpoint_format: str,
-    eval_samples: int, sequential: bool,
+    eval_samples: int, sequential: bool, experts: str,
 ) -> Job:  # fmt: skip
     scheme = parse_scheme(scheme_name, group_size)
     recipe = compose(method_name, options)
+    if experts not in POLICIES:
+        raise unknown("policy for experts that saw few tokens", experts, POLICIES)
     if checkpoint_format not in CHECKPOINT_FORMATS:
         raise unknown("checkpoint format", checkpoint_format, CHECKPOINT_FORMATS)
     if dtype_name is not None and dtype_name not in DTYPES:
@@ -96,7 +101,7 @@ def prepare(
     return Job(
         source=source, out=out.absolute(), scheme=scheme, recipe=recipe,
         sequential=sequential, ignore=ignore, dtype=dtype, device=device, checkpoint_format=checkpoint_format,
-        calibration=tokens, probe=probe, seed=seed,
+        calibration=tokens, probe=probe, seed=seed, experts=experts,
     )  # fmt: skip
 
 

@@ -57,6 +57,7 @@ def quantize(
     checkpoint_format: str = "auto",
     eval_samples: int = 8,
     sequential: bool = False,
+    experts: str = "borrow",
     restart: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Path:
@@ -68,6 +69,8 @@ def quantize(
     `sequence_length` tokens, chosen by `seed`.
     ignore: module names to leave as they are; "re:" starts a regular expression, * ? are wildcards.
     dtype: what is not quantized is stored as this (default: the model's own).
+    experts: for experts that saw fewer calibration tokens than they have inputs: "borrow" the statistics of all
+    experts of the block, or round them "data-free".
     eval_samples: windows of held-out built-in text to measure the loss on; 0 to leave it unmeasured.
     Raises BadInput before any work for arguments that make no sense, FewbitsError for a run that fails; an
     interrupted or failed run leaves `out` untouched and continues when repeated.
@@ -76,6 +79,7 @@ def quantize(
     job = prepare(
         Path(out), model, scheme, group_size, method or "rtn", method_options or {}, calibration, samples,
         sequence_length, seed, tuple(ignore), dtype, device, checkpoint_format, eval_samples, sequential,
+        experts,
     )  # fmt: skip
     report = on_progress or (lambda _: None)
     journal = Journal(job.out, job.fingerprint())
@@ -228,7 +232,7 @@ def _do_block(
         with quantized_activations(refs, job.scheme.activations):
             layers, changed = solve_block(
                 shell, index, refs, job.scheme, job.recipe, streams["calibration"], reference,
-                sequential=job.sequential,
+                sequential=job.sequential, experts=job.experts,
             )  # fmt: skip
             round_parameters((block.get_parameter(name) for name in changed), job.dtype)
             if not last:
