@@ -122,9 +122,10 @@ def _measured(record: dict[str, Any]) -> list[Part]:
         Part(
             key="loss",
             title="Loss by scheme",
-            lead=f"Size of the weights against KL to the original, measured on {text}, weights rounded to nearest "
-            "and activations rounded where the scheme says so. Bars are one standard error over the windows. Lower "
-            f"left is better; the line joins those that nothing smaller betters.{agrees}",
+            lead=f"Size of the weights against KL to the original, measured on {text} (the first of each window left "
+            "out), weights rounded to nearest and activations rounded where the scheme says so. Bars are one standard "
+            "error over the windows. Lower left is better; the line joins those that nothing smaller betters."
+            f"{agrees}",
             draw=lambda canvas, wide: figures.loss(canvas, wide, results["schemes"]),
             heights=(5.6, 6.6),
             description="KL divergence against size, one point a scheme",

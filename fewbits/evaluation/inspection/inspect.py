@@ -16,7 +16,7 @@ from fewbits.checkpoints.source import open_source
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.core.progress import OnProgress
 from fewbits.evaluation.inspection import recommend, schemes
-from fewbits.evaluation.inspection.losses import STRIDE, Losses, losses
+from fewbits.evaluation.inspection.losses import Losses, losses
 from fewbits.evaluation.inspection.outliers import Outliers
 from fewbits.evaluation.inspection.schemes import Candidate
 from fewbits.evaluation.inspection.sizes import sizes
@@ -69,7 +69,7 @@ def inspect(
         tokenizer = source.load_tokenizer()
         tokens = _tokens(source, shell, tokenizer, text, samples, sequence_length, seed)
         settings |= {"text": tokens.description["description"], "windows": samples, "tokens": tokens.tokens,
-                     "positions": f"every {STRIDE}nd is compared" if STRIDE > 1 else "all", "seed": seed,
+                     "compared": "every second position, not the first", "seed": seed,
                      "weights": "round-to-nearest", "max_loss": max_loss}  # fmt: skip
         outliers = Outliers(tokens.ids, tokenizer)
         lost = losses(shell, tokens.ids, found[0], outliers, on_progress or (lambda _: None))
