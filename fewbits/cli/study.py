@@ -11,6 +11,7 @@ import typer
 from fewbits.cli.boundary import guarded
 from fewbits.cli.console import print_json
 from fewbits.cli.progress import ProgressBar
+from fewbits.core.errors import BadInput
 
 app = typer.Typer(
     help="Measure a figure of the literature again: a page, its figures (PNG, SVG) and a JSON record.",
@@ -39,12 +40,52 @@ def run(name: str, out: Path | None, as_json: bool, **options: Any) -> None:
 
 @app.command("formats")
 @guarded()
-def formats(out: Out = None, as_json: AsJson = False) -> None:
+def formats(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="Measure its tensors: directory, .gguf file, hub id, or 'demo'."),
+    ] = None,
+    contrast: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL|gaussian",
+            help="With MODEL: what to measure beside it; also a directory with an encoder. "
+            "Default: gaussian, a ResNet with Gaussian weights.",
+        ),
+    ] = None,
+    group_size: Annotated[int | None, typer.Option(help="With MODEL: weights that share a scale. Default: 64.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="With MODEL: UTF-8 text file to show it. Default: built-in.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="With MODEL: sequences of text. Default: up to 8.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="With MODEL: tokens per sequence. Default: 512.")] = None,
+    seed: Annotated[int | None, typer.Option(help="With MODEL: chooses sequences and samples. Default: 0.")] = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
     """Which data type suits which distribution, exactly: uniform, Gaussian, Laplace, Student-t, with outliers.
 
     Every format at its best clipping, against the best there can be at as many bits (Lloyd-Max, rate-distortion).
+
+    With MODEL the same on its own tensors: every weight, and every activation on some text, in every format at its best
+    clipping; which wins where, and how outliers decide it, beside a network that has none.
     """
-    run("formats", out, as_json)
+    options = {
+        "contrast": contrast,
+        "group_size": group_size,
+        "text": text,
+        "samples": samples,
+        "sequence_length": sequence_length,
+        "seed": seed,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    if model is not None:
+        run("model_formats", out, as_json, model=model, **given)
+    elif given:
+        option = next(iter(given)).replace("_", "-")
+        raise BadInput(f"--{option} needs a MODEL to measure: fewbits study formats MODEL --{option} ...")
+    else:
+        run("formats", out, as_json)
 
 
 @app.command("bits")
@@ -109,8 +150,6 @@ def _list(text: str | None) -> list[str] | None:
 
 def _numbers(text: str | None, what: str) -> list[int] | None:
     """'2-4,8' -> [2, 3, 4, 8]."""
-    from fewbits.core.errors import BadInput
-
     found: list[int] = []
     for part in _list(text) or []:
         match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)

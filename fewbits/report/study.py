@@ -27,6 +27,7 @@ PAGES = Registry(
     "page of a study",
     {
         "formats": "fewbits.report.study_formats:page",
+        "model_formats": "fewbits.report.study_model_formats:page",
         "bits": "fewbits.report.study_bits:page",
     },
 )

@@ -11,6 +11,7 @@ STUDIES = Registry(
     "study",
     {
         "formats": "fewbits.evaluation.studies.formats:study",
+        "model_formats": "fewbits.evaluation.studies.model_formats:study",
         "bits": "fewbits.evaluation.studies.bits:study",
     },
 )
