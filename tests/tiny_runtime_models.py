@@ -64,6 +64,26 @@ def tiny_llama(*, seed: int = 0, layers: int = 2, tied: bool = True, **changes):
     return model
 
 
+OUTLIER_GAIN = 60.0
+
+
+def llama_with_outliers(dimensions: tuple[int, ...], **changes):
+    """A tiny Llama that computes what it did, with large values at `dimensions` of every norm's output."""
+    model = tiny_llama(layers=4, **changes)
+    with torch.no_grad():
+        for block in model.model.layers:
+            read = {
+                block.input_layernorm: [getattr(block.self_attn, f"{part}_proj") for part in "qkv"],
+                block.post_attention_layernorm: [block.mlp.gate_proj, block.mlp.up_proj],
+            }
+            for norm, linears in read.items():
+                for dimension in dimensions:
+                    norm.weight[dimension] *= OUTLIER_GAIN
+                    for linear in linears:
+                        linear.weight[:, dimension] /= OUTLIER_GAIN
+    return model
+
+
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"

@@ -160,3 +160,20 @@ def _numbers(text: str | None, what: str) -> list[int] | None:
             raise BadInput(f"--{what} {text!r}: {part} is a range of {last - first + 1} numbers")
         found += range(first, last + 1)
     return found if text is not None else None
+
+
+@app.command("outliers")
+@guarded()
+def outliers(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, .gguf file, hub id, or 'demo'.")],
+    out: Out = None,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text file: half observed, half measured. Default: built-in.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Sequences to observe, and as many to measure on.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
+    seed: Annotated[int, typer.Option(help="Chooses the sequences and the random dimensions.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Outlier features and massive activations of MODEL: where, what INT8 pays for them, perplexity without them."""
+    run("outliers", out, as_json, model=model, text=text, samples=samples, sequence_length=sequence_length, seed=seed)

@@ -148,7 +148,7 @@ def observe(
     observed = Observed(ids=ids, classes=classes)
     found = blocks(model, topology)
     with torch.inference_mode():
-        stages = _stages(body, found, ids[:1, :_PROBE_TOKENS].to(device), topology)
+        stages = stages_of(body, found, ids[:1, :_PROBE_TOKENS].to(device), topology)
         run = _Pass(observed, found, stages, body.get_input_embeddings().weight.shape[1])
         with run.opened():
             for window in range(len(ids)):
@@ -177,10 +177,13 @@ def _delimits(tokenizer: Any, token: int) -> bool:
     return bool(text) and (text in _DELIMITERS or not text.strip("\r\n"))
 
 
-def _stages(
+def stages_of(
     body: Any, found: Sequence[tuple[str, nn.Module]], probe: Tensor, topology: Topology | None
 ) -> list[tuple[int, list[Ref]]]:
-    """(block, linears that receive one tensor), all with their names in the model."""
+    """(block, linears that receive one tensor), all with their names in the model.
+
+    body: a model without its head. probe: ids [1, T] to send through it. topology: of the family, or None.
+    """
     named: list[Ref] = []
     owner: dict[str, int] = {}
     for number, (prefix, block) in enumerate(found):
@@ -206,8 +209,8 @@ class _Pass:
         self.places: dict[str, Place] = {}
         for block, members in stages:
             head = members[0]
-            channels = head.shape[1]
-            self.places[head.name] = Place(head.name, block, head.kind, channels, residual=reads_stream(head, width))
+            residual = reads_stream(head, width)
+            self.places[head.name] = Place(head.name, block, head.kind, head.shape[1], residual=residual)
         observed.inputs.extend(self.places.values())
 
     def opened(self) -> contextlib.ExitStack:

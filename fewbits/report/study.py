@@ -29,6 +29,7 @@ PAGES = Registry(
         "formats": "fewbits.report.study_formats:page",
         "model_formats": "fewbits.report.study_model_formats:page",
         "bits": "fewbits.report.study_bits:page",
+        "outliers": "fewbits.report.study_outliers:page",
     },
 )
 

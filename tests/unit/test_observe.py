@@ -6,29 +6,10 @@ import json
 
 import pytest
 import torch
-from tiny_runtime_models import byte_tokenizer, tiny_llama
+from tiny_runtime_models import OUTLIER_GAIN, byte_tokenizer, llama_with_outliers, tiny_llama
 
 from fewbits.core.errors import FewbitsError
 from fewbits.evaluation.observe import CLASSES, observe, summary, token_classes
-
-GAIN = 60.0
-
-
-def injected(dimensions: tuple[int, ...], **changes):
-    """A tiny Llama that computes what it did, with large values at `dimensions` of every norm's output."""
-    model = tiny_llama(layers=4, **changes)
-    with torch.no_grad():
-        for block in model.model.layers:
-            read = {
-                block.input_layernorm: [getattr(block.self_attn, f"{part}_proj") for part in "qkv"],
-                block.post_attention_layernorm: [block.mlp.gate_proj, block.mlp.up_proj],
-            }
-            for norm, linears in read.items():
-                for dimension in dimensions:
-                    norm.weight[dimension] *= GAIN
-                    for linear in linears:
-                        linear.weight[:, dimension] /= GAIN
-    return model
 
 
 def windows(count: int = 3, length: int = 24) -> torch.Tensor:
@@ -36,15 +17,15 @@ def windows(count: int = 3, length: int = 24) -> torch.Tensor:
 
 
 def test_injected_outlier_features_are_exactly_those_found() -> None:
-    seen = observe(injected((5, 40)), windows())
+    seen = observe(llama_with_outliers((5, 40)), windows())
     assert sorted(seen.outliers()) == [5, 40]
     found = summary(seen)["outliers"]["inputs"]
     assert {entry["dimension"] for entry in found} == {5, 40}
-    assert all(entry["layers"] == 1.0 and entry["tokens"] > 0.5 and entry["absmax"] > GAIN for entry in found)
+    assert all(entry["layers"] == 1.0 and entry["tokens"] > 0.5 and entry["absmax"] > OUTLIER_GAIN for entry in found)
 
 
 def test_relative_to_the_token_no_scale_of_the_model_matters() -> None:
-    model = injected((5,))
+    model = llama_with_outliers((5,))
     with torch.no_grad():
         for block in model.model.layers:
             for norm in (block.input_layernorm, block.post_attention_layernorm):

@@ -13,6 +13,7 @@ STUDIES = Registry(
         "formats": "fewbits.evaluation.studies.formats:study",
         "model_formats": "fewbits.evaluation.studies.model_formats:study",
         "bits": "fewbits.evaluation.studies.bits:study",
+        "outliers": "fewbits.evaluation.studies.outliers:study",
     },
 )
 
