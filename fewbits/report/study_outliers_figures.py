@@ -63,19 +63,22 @@ def _style(index: int, dash: Any = "-") -> dict[str, Any]:
 
 def _legend(canvas: Any, axis: Any, wide: bool) -> None:
     handles, labels = axis.get_legend_handles_labels()
-    columns = len(labels) if wide else 1 if max(map(len, labels)) > 26 else 2
+    narrow = 1 if max(map(len, labels)) > 26 else 2
+    columns = narrow if not wide else len(labels) if sum(map(len, labels)) < 90 else 3
     canvas.legend(handles, labels, loc="outside upper left", ncols=columns, borderaxespad=0.0, handlelength=2.4)
 
 
-def _heat(canvas: Any, axis: Any, rows: Sequence[Sequence[float]], labels: Sequence[str], norm: Any) -> Any:
+def _heat(axis: Any, rows: Sequence[Sequence[float]], labels: Sequence[str], norm: Any) -> Any:
     """rows [label][column] as shaded cells."""
+    from matplotlib import colormaps
+
     columns = len(rows[0])
     edges = [column - 0.5 for column in range(columns + 1)]
     mesh = axis.pcolormesh(
         edges,
         [row - 0.5 for row in range(len(rows) + 1)],
         rows,
-        cmap="cividis",
+        cmap=colormaps["cividis"].resampled(48),  # more, and the bar would be a picture, which the page refuses
         norm=norm,
         edgecolors="face",
         linewidth=0.3,
@@ -106,7 +109,7 @@ def channels(canvas: Any, wide: bool, results: Results) -> None:
     axes = _panels(canvas, wide, 2, sharey=wide)
     for axis, (part, title) in zip(axes, (("first", "first tokens"), ("others", "all other tokens")), strict=True):
         rows = [[max(place[index], norm.vmin) for place in found[part]] for index in range(len(labels))]
-        mesh = _heat(canvas, axis, rows, labels, norm)
+        mesh = _heat(axis, rows, labels, norm)
         axis.set_title(title)
         axis.set_xlabel("after block (0: embeddings)")
         if axis is axes[0] or not wide:
@@ -152,7 +155,7 @@ def carried(canvas: Any, wide: bool, results: Results) -> None:
     for axis, kind in zip(axes, kinds, strict=True):
         chosen = [index for index, place in enumerate(read) if place["kind"] == kind]
         rows = [[max(found["by_place"][index][row], 0.0) for index in chosen] for row in range(len(labels))]
-        mesh = _heat(canvas, axis, rows, labels, norm)
+        mesh = _heat(axis, rows, labels, norm)
         blocks = [read[index]["block"] + 1 for index in chosen]
         step = max(1, len(blocks) // 6)
         axis.set_xticks(range(0, len(blocks), step), [str(block) for block in blocks[::step]])
@@ -257,4 +260,4 @@ def removal(canvas: Any, wide: bool, results: Results) -> None:
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top < 100 else (1,)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_xlabel("perplexity / perplexity of the model as it is")
+    axis.set_xlabel("perplexity, times the model's own")

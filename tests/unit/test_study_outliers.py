@@ -120,4 +120,5 @@ def test_command_writes_record_page_and_figures(tmp_path: Path) -> None:
     assert record["settings"]["observed_on"]["windows"] == "even"
     text = Path(paths["page"]).read_text(encoding="utf-8")
     assert text.count('role="img"') == len(paths["figures"]) == 12
+    assert "<image" not in text  # the page's policy lets none be shown
     assert "2 dimensions of 64 meet" in text
