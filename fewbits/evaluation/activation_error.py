@@ -68,7 +68,9 @@ def errors_without_each(x: Tensor, scaling: str) -> tuple[float, Tensor]:
 class InputError:
     """Sums over windows for one input. without [C]: error with each channel kept exact, by scaling.
 
-    without_first: error of per-tensor scaling with the first token of every window kept exact.
+    others: of all tokens but the first of a window, whose energy is `others_signal`, the error with one scale per
+    "token", per "tensor", and per tensor when the first token is "spared": kept exact and left out of the scale. The
+    energy of the first token can be a thousand times that of the rest; a share of all of it would show nothing.
     """
 
     name: str
@@ -76,21 +78,30 @@ class InputError:
     kind: str
     residual: bool
     signal: float = 0.0
+    others_signal: float = 0.0
     error: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SCALINGS, 0.0))
+    others: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*SCALINGS, "spared"), 0.0))
     without: dict[str, Tensor] = field(default_factory=dict)
-    without_first: float = 0.0
 
     def add(self, x: Tensor) -> None:
         """Adds the input x [T, C] of one window."""
-        self.signal += float(x.double().square().sum())
+        self.signal += _energy(x)
         for scaling in SCALINGS:
             whole, without = errors_without_each(x, scaling)
             self.error[scaling] += whole
             self.without[scaling] = self.without[scaling] + without.cpu() if scaling in self.without else without.cpu()
-        self.without_first += float(rounding_error(x[1:], largest_of(x[1:], "tensor")).double().square().sum())
+        rest = x[1:]
+        self.others_signal += _energy(rest)
+        self.others["token"] += _energy(rounding_error(rest, largest_of(rest, "token")))
+        self.others["tensor"] += _energy(rounding_error(rest, largest_of(x, "tensor")))
+        self.others["spared"] += _energy(rounding_error(rest, largest_of(rest, "tensor")))
 
     def carried(self, scaling: str) -> Tensor:
         """Share of the error each channel carries, float64 [C]; zeros where nothing is lost."""
         if self.error[scaling] == 0.0:
             return torch.zeros_like(self.without[scaling])
         return 1.0 - self.without[scaling] / self.error[scaling]
+
+
+def _energy(x: Tensor) -> float:
+    return float(x.double().square().sum())

@@ -16,14 +16,14 @@ Results = Mapping[str, Any]
 
 def page(record: dict[str, Any]) -> StudyPage:
     results, settings = record["results"], record["settings"]
-    measured = settings["measured_on"]
+    measured = results["texts"]["measured"]
     return StudyPage(
         title="Outlier features and massive activations",
         verdict=_verdict(results),
         chips=(
             str(settings["model"]),
             f"{len(results['observed']['hidden']) - 1} blocks",
-            f"{measured['tokens']} held-out tokens",
+            f"{measured['samples']} {TIMES} {measured['sequence_length']} held-out tokens",
         ),
         tiles=_tiles(results),
         parts=(
@@ -97,8 +97,10 @@ def _first_token(results: Results) -> Part:
     return Part(
         key="first",
         title="The first token and the scale",
-        lead="Relative squared error of each input under INT8: one scale for the window, the same with the first token "
-        "kept in 16 bits, and one scale per token. Where the first two lines part, one token sets the scale for all.",
+        lead="What INT8 takes from all tokens but the first of a window, as a share of their own energy: with one "
+        "scale for the window, with the first token kept in 16 bits and out of the scale, and with one scale per "
+        "token. Where the first two lines part, one token sets the scale for all; at 100 % the others are rounded to "
+        "zero.",
         draw=lambda canvas, wide: figures.first_token(canvas, wide, results),
         heights=(4.0, 11.0),
         description="INT8 error by block for four kinds of inputs, with and without the first token in the scale",
@@ -133,7 +135,8 @@ def _height(results: Results) -> float:
 
 
 def _verdict(results: Results) -> str:
-    return " ".join((_on_features(results), _on_massive(results), _on_error(results), _on_removal(results)))
+    said = (part(results) for part in (_on_features, _on_massive, _on_first, _on_error, _on_removal))
+    return " ".join(sentence for sentence in said if sentence)
 
 
 def _on_features(results: Results) -> str:
@@ -167,6 +170,23 @@ def _on_massive(results: Results) -> str:
     return (
         f"Massive activations sit on {token} in dimension {top['dimension']}: {abs(top['value']):,.0f}, "
         f"{top['ratio']:,.0f} times the median."
+    )
+
+
+def _worst(results: Results) -> Mapping[str, Any]:
+    """The input that one scale per window hurts most."""
+    worst: Mapping[str, Any] = max(results["error"]["places"], key=lambda place: place["others"]["tensor"])
+    return worst
+
+
+def _on_first(results: Results) -> str:
+    place = _worst(results)
+    others = place["others"]
+    if others["tensor"] < 2 * others["spared"]:
+        return ""
+    return (
+        f"With one INT8 scale per window the first token takes {percent(others['tensor'])} of the energy of all other "
+        f"tokens from the input of {place['name']}; {percent(others['spared'])} is lost without it."
     )
 
 
@@ -208,11 +228,10 @@ def _on_removal(results: Results) -> str:
 def _times(ratio: Mapping[str, Any]) -> str:
     """'3.52 ± 0.21'; fewer digits where the number is large."""
     mean, stderr = ratio["mean"], ratio["stderr"]
-    if mean is None or mean >= 1e6:
-        return "infinite" if mean is None else f"{mean:.1e}"
-    digits = 0 if mean >= 100 else 1 if mean >= 10 else 3
-    error = "" if stderr is None else f" ± {stderr:,.{digits}f}"
-    return f"{mean:,.{digits}f}{error}"
+    if mean is None:
+        return "infinite"
+    error = "" if stderr is None else f" ± {figures.amount(stderr, like=mean)}"
+    return figures.amount(mean) + error
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:
@@ -225,7 +244,7 @@ def _count(number: int, one: str, many: str | None = None) -> str:
 def _tiles(results: Results) -> list[str]:
     outliers, massive = results["observed"]["outliers"], results["observed"]["massive"]["found"]
     removal = results["removal"]
-    first = max(results["error"]["places"], key=lambda place: place["error"]["tensor"])
+    worst = _worst(results)
     shown = [
         tile(
             "Outlier features",
@@ -240,10 +259,10 @@ def _tiles(results: Results) -> list[str]:
             f"{massive[0]['ratio']:,.0f} times the median" if massive else "above 100 and 1000 times the median",
         ),
         tile(
-            "Worst input per tensor",
-            percent(first["error"]["tensor"]),
+            "Worst input, one scale",
+            percent(worst["others"]["tensor"]),
             "",
-            f"of {first['name']} lost; {percent(first['error']['token'])} with a scale per token",
+            f"of {worst['name']} lost, first token aside; {percent(worst['others']['token'])} with a scale per token",
         ),
         tile(
             "Perplexity without them",

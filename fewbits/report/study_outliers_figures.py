@@ -32,6 +32,16 @@ def name_of(key: str, run: Mapping[str, Any]) -> str:
     return NAMES[key] + count
 
 
+def amount(value: float, like: float | None = None) -> str:
+    """1.0771 -> '1.077', 21.67 -> '21.7', 90486 -> '90,000', 3.2e8 -> '3.2e+08'; as many digits as `like` gets."""
+    size = value if like is None else like
+    if size >= 1e6:
+        return f"{value:.1e}"
+    if size >= 1000:
+        return f"{float(f'{value:.2g}'):,.0f}"
+    return f"{value:.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1.2 else 3}f}"
+
+
 def _panels(canvas: Any, wide: bool, count: int, **options: Any) -> list[Any]:
     shape = (1, count) if wide else (count, 1)
     return list(canvas.subplots(*shape, squeeze=False, **options).flat)
@@ -174,7 +184,7 @@ def curve(canvas: Any, wide: bool, results: Results) -> None:
     for axis, (scaling, title) in zip(axes, titles.items(), strict=True):
         for index, of in enumerate(("inputs", "outputs")):
             lines = found[scaling][of]
-            look = {"marker": "os"[index], "markersize": 4.5, **_style(index)}
+            look = {**_style(index), "marker": "os"[index], "markersize": (8, 4)[index], "linewidth": (4.0, 1.4)[index]}
             axis.plot(kept, lines["worst"], label=f"error of {of}, worst kept", **look)
         _band(axis, kept, found[scaling]["inputs"])
         _marks(axis, found["features"], found[scaling]["inputs"])
@@ -215,9 +225,9 @@ def first_token(canvas: Any, wide: bool, results: Results) -> None:
         members = [place for place in places if place["kind"] == kind]
         x = [place["block"] + 1 for place in members]
         lines = (
-            ("one scale per window", [place["error"]["tensor"] for place in members], "-"),
-            ("first token kept in 16 bits", [place["error_without_first"] for place in members], (0, (5, 2))),
-            ("one scale per token", [place["error"]["token"] for place in members], (0, (1, 1.6))),
+            ("one scale per window", [place["others"]["tensor"] for place in members], "-"),
+            ("first token kept in 16 bits", [place["others"]["spared"] for place in members], (0, (5, 2))),
+            ("one scale per token", [place["others"]["token"] for place in members], (0, (1, 1.6))),
         )
         for index, (label, y, dash) in enumerate(lines):
             axis.plot(x, y, label=label, **_style((1, 0, 2)[index], dash))
@@ -227,7 +237,7 @@ def first_token(canvas: Any, wide: bool, results: Results) -> None:
         axis.set_title(KINDS.get(kind, kind))
         axis.set_xlabel("block")
         if axis is axes[0] or not wide:
-            axis.set_ylabel("squared error / energy")
+            axis.set_ylabel("squared error / energy of the tokens")
     _legend(canvas, axes[0], wide)
 
 
@@ -245,9 +255,7 @@ def removal(canvas: Any, wide: bool, results: Results) -> None:
         axis.plot([1.0, mean], [row, row], color=colour, linewidth=1.4)
         axis.plot([low, mean + stderr], [row, row], color=INK, linewidth=1.1, marker="|", markersize=7)
         axis.plot([mean], [row], color=colour, marker="s" if "random" in key else "o", markersize=6, linestyle="none")
-        text = (
-            f"{TIMES} {mean:,.0f}" if mean >= 100 else f"{TIMES} {mean:.3g}" if mean >= 1.2 else f"{TIMES} {mean:.3f}"
-        )
+        text = f"{TIMES} {amount(mean)}"
         axis.annotate(text, (max(mean + stderr, 1.0), row), (9, 0), textcoords="offset points", va="center", color=INK)
     axis.set_yticks(range(len(runs)), [name_of(key, run) for key, run in runs.items()])
     axis.invert_yaxis()
@@ -258,6 +266,6 @@ def removal(canvas: Any, wide: bool, results: Results) -> None:
     top = max(ratio["mean"] + (ratio["stderr"] or 0.0) for ratio in ratios)
     axis.set_xlim(floor, max(top, 1.5) ** (1.25 if wide else 1.6) * 1.2)
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top < 100 else (1,)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlabel("perplexity, times the model's own")

@@ -61,4 +61,5 @@ def test_the_first_token_is_what_spoils_a_scale_for_the_whole_tensor() -> None:
     x[0] *= 1000
     found = InputError(name="x", block=0, kind="down_proj", residual=False)
     found.add(x)
-    assert found.without_first < 0.01 * found.error["tensor"]
+    assert found.others["tensor"] == pytest.approx(found.others_signal)  # all rounded to zero
+    assert found.others["token"] < found.others["spared"] < 0.01 * found.others["tensor"]

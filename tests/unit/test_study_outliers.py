@@ -78,7 +78,7 @@ def test_massive_activations_are_replaced_where_they_emerge() -> None:
         model.model.embed_tokens.weight[newline, 7] = 5000.0
     record = study((model, tokenizer), **SMALL)
     (found,) = record["results"]["observed"]["massive"]["found"]
-    assert (found["dimension"], found["class"]) == (7, "delimiter")
+    assert (found["dimension"], found["class"], found["windows"]) == (7, "delimiter", 2)
     runs = record["results"]["removal"]["runs"]
     assert runs["massive zero"]["dimensions"] == runs["massive mean"]["dimensions"] == [7]
     assert abs(runs["massive zero"]["ratio"]["mean"] - 1) > abs(runs["massive mean"]["ratio"]["mean"] - 1)
@@ -117,7 +117,7 @@ def test_command_writes_record_page_and_figures(tmp_path: Path) -> None:
     paths = json.loads(done.stdout)
     record = json.loads(Path(paths["record"]).read_text(encoding="utf-8"))
     assert sorted(entry["dimension"] for entry in record["results"]["observed"]["outliers"]["inputs"]) == FEATURES
-    assert record["settings"]["observed_on"]["windows"] == "even"
+    assert record["results"]["texts"]["observed"]["windows"] == "even"
     text = Path(paths["page"]).read_text(encoding="utf-8")
     assert text.count('role="img"') == len(paths["figures"]) == 12
     assert "<image" not in text  # the page's policy lets none be shown

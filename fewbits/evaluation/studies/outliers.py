@@ -99,6 +99,7 @@ def study(
     )
     errors = _errors(subject, observing.ids, say)
     results = {
+        "texts": {"observed": observing.description, "measured": measuring.description},
         "observed": summary(seen, subject.tokenizer),
         "maps": {where: _map(seen, where) for where in ("hidden", "inputs")},
         "error": _error_account(errors),
@@ -107,8 +108,8 @@ def study(
     }
     settings = {
         "model": subject.name,
-        "observed_on": observing.description,
-        "measured_on": measuring.description,
+        "observed_on": _text(observing),
+        "measured_on": _text(measuring),
         "seed": seed,
         "error": f"absmax INT8, scales per token or per window; sets of channels on {CURVE_WINDOWS} held-out windows",
         "random_sets": RANDOM_SETS,
@@ -164,10 +165,17 @@ def _texts(
         return packed("calibration", samples), packed("evaluation", samples)
     both = packed("evaluation", 2 * samples)
     first, second = (
-        dataclasses.replace(both, ids=both.ids[half::2], description={**both.description, "windows": which})
+        dataclasses.replace(
+            both, ids=both.ids[half::2], description={**both.description, "samples": samples, "windows": which}
+        )
         for half, which in enumerate(("even", "odd"))
     )
     return first, second
+
+
+def _text(tokens: TokenSet) -> str:
+    count, length = tokens.ids.shape
+    return f"{tokens.description['description']}, {count} windows of {length} tokens, sha256 {tokens.sha256[:16]}"
 
 
 # ---- where they are
@@ -265,7 +273,7 @@ def _place(each: InputError) -> dict[str, Any]:
         "kind": each.kind,
         "residual": each.residual,
         "error": {scaling: each.error[scaling] / signal for scaling in SCALINGS},
-        "error_without_first": each.without_first / signal,
+        "others": {scaling: error / (each.others_signal or 1.0) for scaling, error in each.others.items()},
         "worst": worst,
     }
 
@@ -354,11 +362,19 @@ def _removal(subject: _Subject, ids: Tensor, seen: Observed, seed: int, say: OnP
 
 
 def _massive_plans(subject: _Subject, seen: Observed, seed: int) -> list[Plan]:
-    """Massive activations set to zero, to their mean, and as many others of the same tokens set to zero."""
-    found = [each.block for each in seen.massive if each.block >= 0]
-    if not found:
+    """Massive activations set to zero, to their mean, and as many others of the same tokens set to zero.
+
+    They emerge in the first block after which most windows have one; single values that reach the threshold elsewhere
+    are left alone.
+    """
+    count = len(seen.ids)
+    windows: dict[int, set[int]] = {}
+    for each in seen.massive:
+        windows.setdefault(each.block, set()).add(each.window)
+    emerged = [number for number, members in windows.items() if number >= 0 and 2 * len(members) > count]
+    if not emerged:
         return []
-    first = min(found)
+    first = min(emerged)
     values: dict[int, list[float]] = {}
     for each in seen.massive:
         if each.block == first:
@@ -368,7 +384,6 @@ def _massive_plans(subject: _Subject, seen: Observed, seed: int) -> list[Plan]:
     for dimension, members in values.items():
         means[dimension] = statistics.fmean(members)
     block = blocks(subject.model, subject.topology)[first][1]
-
     plans: list[Plan] = [
         ("massive zero", dimensions, massive_replaced(block, dimensions, torch.zeros(subject.width))),
         ("massive mean", dimensions, massive_replaced(block, dimensions, means)),
