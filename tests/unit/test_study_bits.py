@@ -15,7 +15,7 @@ from fewbits.core.errors import BadInput, Unsupported
 from fewbits.evaluation.evaluate import opened
 from fewbits.evaluation.studies import depth
 from fewbits.evaluation.studies.bits import Size, Subject, study
-from fewbits.evaluation.studies.bits_analysis import best_bits, equal_bits, front, log_ratio
+from fewbits.evaluation.studies.bits_analysis import as_trained, best_bits, equal_bits, front, log_ratio, trained
 from fewbits.evaluation.studies.bits_grid import BITS, TYPES, grid_of
 from fewbits.formats import parse_format
 from fewbits.report.study_bits import page
@@ -162,6 +162,21 @@ def test_equal_bits_by_hand() -> None:
     assert best["bits"] == 4 and best["above"] is None
     assert best_bits([high])["bits"] is None
     assert [p["total_bits"] for p in front(curves, "total_bits")] == [1 << 19, 1 << 20, 1 << 21, 1 << 30]
+
+
+def test_trained_sizes_follow_the_power_law() -> None:
+    """L * (bits / 16)**0.076 + added: half the bits at no loss are worth 5 %, and cost nothing but what is added."""
+    largest = {"nll": {"mean": 3.0}, "nll_by_window": [2.9, 3.1], "block_parameters": 100}
+    points = [
+        {"bits": 8, "format": "int8", "bits_per_weight": 8.0, "nll_by_window": [2.9, 3.1]},
+        {"bits": 4, "format": "int4", "bits_per_weight": 4.0, "nll_by_window": [3.2, 3.6]},
+    ]
+    found = trained(points, largest)
+    assert [entry["nll"]["mean"] for entry in found["widths"]] == pytest.approx([3 * 4**-0.076 + 0.4, 3 * 2**-0.076])
+    assert found["bits"] == 8 and found["widths"][1]["nll"]["stderr"] == 0
+    sizes = [{"depth": 4, "block_parameters": 100}, {"depth": 2, "block_parameters": 50}]
+    expected = as_trained([{"depth": 4}, {"depth": 2}], sizes, largest)
+    assert [entry["nll"]["mean"] for entry in expected] == pytest.approx([3.0, 3 * 2**0.076])
 
 
 def test_log_ratio_is_paired() -> None:
