@@ -48,9 +48,11 @@ def scaling(canvas: Any, wide: bool, results: Results) -> None:
         _bars(axis, [s[measure] for s in sizes], [s["nll"] for s in sizes], "16 bits", _PLAIN)
         axis.set_xscale("log")
         axis.set_yscale("log")
-        _bit_ticks(axis)
-        _plain_ticks(axis.yaxis, (1, 1.5, 2, 3, 4, 5, 6, 8))
-        axis.set_xlabel(text)
+        largest = max(size[measure] for size in sizes)
+        unit, scale = ("Gbit", 1e9) if largest >= 1e10 else ("Mbit", 1e6) if largest >= 1e7 else ("kbit", 1e3)
+        _plain_ticks(axis.xaxis, (1, 1.5, 2, 3, 5, 7), scale)
+        _plain_ticks(axis.yaxis, (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8))
+        axis.set_xlabel(f"{text}, {unit}")
         if axis is axes[0] or not wide:
             axis.set_ylabel("negative log-likelihood, nats per token")
     _legend(canvas, axes[0], wide, 8)
@@ -148,18 +150,18 @@ def truncations(canvas: Any, wide: bool, results: Results) -> None:
             _bars(axis, [e["depth"] for e in points], [e["nll"] for e in points], label, look)
     axis.set_xlabel("blocks left")
     axis.set_ylabel("NLL of the unquantized model, nats per token")
-    widths = results["trained"]["widths"]
+    least = min(entry["nll"]["mean"] for entry in results["trained"]["widths"])
+    widths = [entry for entry in results["trained"]["widths"] if entry["nll"]["mean"] < _SHOWN * least]
     _bars(other, [e["bits"] for e in widths], [e["nll"] for e in widths], "", style(0))
     other.set_xlabel("bits per code")
     other.set_ylabel("NLL at equal bits of the blocks, by the power law")
-    other.set_yscale("log")
-    _plain_ticks(other.yaxis, (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8))
     for each in (axis, other):
         _whole_numbers(each)
     _legend(canvas, axis, wide, 3, narrow=1)
 
 
 _PLAIN: dict[str, Any] = {"color": INK, "linestyle": (0, (1, 1.6)), "linewidth": 1.4, "marker": ".", "markersize": 5}
+_SHOWN = 1.5  # times the least: what lies far above would flatten the rest
 _HOW = {
     "importance": "least important blocks left out",
     "random": "blocks drawn at random",
@@ -207,24 +209,17 @@ def _whole_numbers(axis: Any) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _plain_ticks(axis: Any, subs: Sequence[float]) -> None:
+def _plain_ticks(axis: Any, subs: Sequence[float], scale: float = 1) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / scale:g}"))
     axis.set_minor_locator(NullLocator())
 
 
 def _decades(axis: Any) -> None:
     axis.set_yscale("log")
     _plain_ticks(axis.yaxis, (1, 3))
-
-
-def _bit_ticks(axis: Any) -> None:
-    from matplotlib.ticker import FuncFormatter
-
-    _plain_ticks(axis.xaxis, (1, 1.5, 2, 3, 4, 6))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: bits_text(value)))
 
 
 def bits_text(count: float) -> str:

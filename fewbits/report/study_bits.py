@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fewbits.report import bits_figures as figures
@@ -60,7 +61,7 @@ def page(record: dict[str, Any]) -> StudyPage:
             f"{len(sizes)} {'sizes' if len(sizes) > 1 else 'size'}",
             f"{len({p['format'] for p in points})} formats",
             f"{len(points)} evaluations",
-            settings["windows"].split(",")[0],
+            settings["windows"].split(",")[0].replace(" of ", " windows of ", 1),
         ),
         tiles=_tiles(results, several),
         parts=parts,
@@ -95,7 +96,7 @@ def _truncations(results: Results) -> Part:
         lead="Left: unquantized. Models trained at their size follow a power law of their parameters (Kaplan et al. "
         f"2020: exponent {trained['exponent']}); blocks left out of a trained model cost far more. Right: the same "
         "comparison at equal bits had every size been trained as it is, with what quantization adds to the largest "
-        f"one: an estimate, by which {trained['bits']} bits are best.",
+        f"one: an estimate, by which {_either(trained['as_good'])} bits are best. Bit-widths far above are left out.",
         draw=lambda canvas, wide: figures.truncations(canvas, wide, results),
         heights=(4.2, 7.8),
         description="Likelihood of the unquantized model by the blocks left, and of bit-widths by a power law",
@@ -126,18 +127,19 @@ def _verdict(results: Results, several: bool) -> str:
     best = results["best"]["total_bits"]
     if several and best["bits"] is not None:
         against = [
-            f"{_nats(best[side], sign)} ahead of {width} at equal bits"
+            f"{_nats(best[side], sign)} ahead of {width}"
             for side, sign, width in (("below", 1, _below(results, best)), ("above", -1, _above(results, best)))
             if best[side]
         ]
         sure = "" if best["sure"] else ", within the error"
-        said.append(f"Per total bit, {best['bits']} bits are best: {' and '.join(against)}{sure}.")
+        said.append(f"Per total bit, {best['bits']} bits are best: at equal bits {' and '.join(against)}{sure}.")
         inside = results["best"]["block_bits"]["bits"]
         if inside is not None and inside != best["bits"]:
             said.append(f"Counting the blocks alone, {inside} bits are.")
         if results["trained"]:
             said[0] = f"Of one model with blocks left out: {said[0][0].lower()}{said[0][1:]}"
-            said.append(f"Had smaller ones been trained at their size, about {results['trained']['bits']} would be.")
+            estimate = _either(results["trained"]["as_good"])
+            said.append(f"Had smaller ones been trained at their size, an estimate says {estimate}.")
     elif several:
         said.append("The sizes are too far apart for two bit-widths to meet at equal bits.")
     said.append(_blocks_said(results))
@@ -158,11 +160,11 @@ def _nats(gap: Mapping[str, Any], sign: int = 1) -> str:
     return f"{sign * gap['mean']:.2f}{error} nats".replace("-", MINUS)
 
 
-def _better_blocks(results: Results) -> list[int]:
-    """Bit-widths at which halving the base block buys more per stored bit than another bit does, surely."""
-    base, found = results["grid"]["base_block"], []
+def _better_blocks(results: Results, block: str) -> list[int]:
+    """Bit-widths at which the next smaller block buys surely more per stored bit than another bit does."""
+    found = []
     for entry in results["blocks"]:
-        if entry["block"] != base or not entry["smaller"] or not entry["wider"]:
+        if entry["block"] != block or not entry["smaller"] or not entry["wider"]:
             continue
         one, other = entry["smaller"]["per_bit"], entry["wider"]["per_bit"]
         if None in (one["mean"], other["mean"], one["stderr"], other["stderr"]):
@@ -173,13 +175,22 @@ def _better_blocks(results: Results) -> list[int]:
 
 
 def _blocks_said(results: Results) -> str:
-    compared = [e for e in results["blocks"] if e["block"] == results["grid"]["base_block"] and e["smaller"]]
-    if not compared:
+    """Per step from a block to the next smaller: where it is a better buy than wider codes."""
+    blocks = results["grid"]["blocks"]
+    said = []
+    for finer, block in itertools.pairwise(blocks):
+        if not any(e["block"] == block and e["smaller"] and e["wider"] for e in results["blocks"]):
+            continue
+        widths = _better_blocks(results, block)
+        step = f"from {_blocks_of(block)} to {_blocks_of(finer)}"
+        said.append(f"{step} at {_listed(widths)} bits" if widths else f"{step} at no bit-width")
+    if not said:
         return ""
-    block, widths = block_label(results["grid"]["base_block"]), _better_blocks(results)
-    if not widths:
-        return f"Blocks smaller than {block} buy no more than wider codes do."
-    return f"Blocks smaller than {block} buy more than wider codes do at {_listed(widths)} bits."
+    return f"Smaller blocks buy more per stored bit than wider codes do {'; '.join(reversed(said))}."
+
+
+def _blocks_of(block: str) -> str:
+    return {"channel": "rows", "tensor": "tensors"}.get(block, f"blocks of {block}")
 
 
 def _types_said(results: Results) -> str:
@@ -188,8 +199,8 @@ def _types_said(results: Results) -> str:
     shown = [bits for bits in (3, 4) if bits in widths] or widths[:1]
     if len({entry["type"] for entry in results["types"]}) < 2:
         return ""
-    first = {bits: type_label(_best_type(results, bits)["type"]) for bits in shown}
-    return "Least KL by data type: " + ", ".join(f"{name} at {bits} bits" for bits, name in first.items()) + "."
+    first = [f"{_best_type(results, bits)['format']} at {bits} bits" for bits in shown]
+    return f"Of the data types, {' and '.join(first)} {'lose' if len(first) > 1 else 'loses'} least."
 
 
 def _best_type(results: Results, bits: int) -> Mapping[str, Any]:
@@ -199,9 +210,13 @@ def _best_type(results: Results, bits: int) -> Mapping[str, Any]:
     return found
 
 
-def _listed(values: list[int]) -> str:
+def _listed(values: Sequence[int], last: str = "and") -> str:
     words = [str(value) for value in values]
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + f" {last} " + words[-1]
+
+
+def _either(values: Sequence[int]) -> str:
+    return _listed(values, "or")
 
 
 # ---- tiles and tables
@@ -222,8 +237,8 @@ def _tiles(results: Results, several: bool) -> list[str]:
     entry = next((e for e in results["blocks"] if e["bits"] == 4 and e["block"] == results["grid"]["base_block"]), None)
     if entry and entry["smaller"] and entry["wider"]:
         one, other = entry["smaller"]["per_bit"]["mean"], entry["wider"]["per_bit"]["mean"]
-        note = f"halvings of the KL per bit stored by smaller blocks at 4 bits; a fifth bit buys {other:.2f}."
-        tiles.append(tile("Smaller blocks", f"{one:.2f}", "", note))
+        note = f"halvings of the KL per stored bit, from 4 bits to {entry['smaller']['to']}; wider codes {other:.2f}."
+        tiles.append(tile("Smaller blocks buy", f"{one:.2f}".replace("-", MINUS), "", note))
     return tiles
 
 

@@ -199,15 +199,26 @@ def trained(points: Sequence[Point], largest: Point) -> dict[str, Any]:
 
     A model of as many bits at b bits per weight has 16 / b times the parameters of one at 16 bits, and is better by
     the power law; quantization adds what it adds to the largest size measured, taken as the same at every size.
+    as_good: bit-widths that the error does not tell from the best.
     """
-    found = []
+    found, by_window = [], {}
     for point in sorted(points, key=lambda p: p["bits"]):
-        added = [a - b for a, b in zip(point["nll_by_window"], largest["nll_by_window"], strict=True)]
         gain = largest["nll"]["mean"] * (point["bits_per_weight"] / 16) ** KAPLAN
-        estimate = _estimate(added)
-        estimate["mean"] = float(estimate["mean"] or 0) + gain
+        added = [a - b for a, b in zip(point["nll_by_window"], largest["nll_by_window"], strict=True)]
+        by_window[point["bits"]] = [gain + value for value in added]
+        estimate = _estimate(by_window[point["bits"]])
         found.append({"bits": point["bits"], "format": point["format"], "nll": estimate})
-    return {"exponent": KAPLAN, "bits": min(found, key=lambda entry: entry["nll"]["mean"])["bits"], "widths": found}
+    best = min(found, key=lambda entry: entry["nll"]["mean"])["bits"]
+    return {"exponent": KAPLAN, "bits": best, "as_good": _as_good(by_window, best), "widths": found}
+
+
+def _as_good(by_window: Mapping[int, Sequence[float]], best: int) -> list[int]:
+    """The bit-widths less than two standard errors behind `best`, itself included."""
+    gaps = {
+        bits: _estimate([a - b for a, b in zip(values, by_window[best], strict=True)])
+        for bits, values in by_window.items()
+    }
+    return [bits for bits, gap in gaps.items() if bits == best or gap["mean"] < 2 * (gap["stderr"] or 0.0)]
 
 
 def log_ratio(a: Sequence[float], b: Sequence[float]) -> dict[str, float | None]:
@@ -224,5 +235,5 @@ def log_ratio(a: Sequence[float], b: Sequence[float]) -> dict[str, float | None]
     return {"mean": mean, "stderr": stderr}
 
 
-def _estimate(by_window: Sequence[float]) -> dict[str, float | int | None]:
+def _estimate(by_window: Sequence[float]) -> dict[str, Any]:
     return block_estimate(torch.tensor(by_window, dtype=torch.float64)[:, None]).to_dict()
