@@ -20,7 +20,7 @@ PIP   := $(PY) -m pip install -qq --no-compile --disable-pip-version-check --no-
 STAMP := $(VENV)/.fewbits-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test slow lint check bench docs clean
+.PHONY: help env demo test slow lint check bench peers docs clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -56,12 +56,17 @@ lint: $(STAMP) ## format, lint, types of the lower layers, layer contract
 check: lint test ## everything a change must pass
 
 bench: $(STAMP) ## measure again and record under benchmarks/results (slow)
-	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(PY) $$script; done
+	@set -e; for script in $(filter-out benchmarks/bench_peers.py,$(wildcard benchmarks/bench_*.py)); do echo "== $$script"; $(PY) $$script; done
 	@$(MAKE) --no-print-directory docs
 
-docs: $(STAMP) ## regenerate README tables and figure from benchmarks/results, and docs/cli.md
+peers: $(STAMP) ## other projects' quantizers beside ours, each installed for it (hours on a CPU)
+	$(PY) benchmarks/bench_peers.py
+	@$(MAKE) --no-print-directory docs
+
+docs: $(STAMP) ## regenerate the tables and figures in README and docs from benchmarks/results, and docs/cli.md
 	$(PY) benchmarks/make_readme_figure.py
 	$(PY) benchmarks/update_readme.py
+	$(PY) benchmarks/make_peers_page.py
 	$(PY) docs/make_cli_reference.py
 
 clean: ## remove the environment, caches and the demo's output

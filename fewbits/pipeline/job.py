@@ -61,7 +61,7 @@ class Job:
 
 def prepare(
     out: Path, model: str | Path, scheme_name: str, group_size: int | None, method_name: str,
-    options: dict[str, Any], text: TextSpec, samples: int | None, sequence_length: int | None, seed: int,
+    options: dict[str, Any], text: TextSpec | TokenSet, samples: int | None, sequence_length: int | None, seed: int,
     ignore: tuple[str, ...], dtype_name: str | None, device_name: str | None, checkpoint_format: str,
     eval_samples: int, sequential: bool, experts: str,
 ) -> Job:  # fmt: skip
@@ -85,7 +85,9 @@ def prepare(
     limit = source.config().get("max_position_embeddings")
     length = min(512, limit or 512) if sequence_length is None else sequence_length
     tokens = None
-    if recipe.statistics:
+    if recipe.statistics and isinstance(text, TokenSet):
+        tokens = text
+    elif recipe.statistics:
         texts, described = read_texts(text)
         tokens = pack(
             texts, tokenizer, sequence_length=length, seed=seed, max_length=limit, description=described,

@@ -47,7 +47,7 @@ def quantize(
     group_size: int | None = None,
     method: str | None = "gptq",
     method_options: dict[str, Any] | None = None,
-    calibration: TextSpec = None,
+    calibration: TextSpec | TokenSet = None,
     samples: int | None = None,
     sequence_length: int | None = None,
     seed: int = 0,
@@ -66,7 +66,7 @@ def quantize(
     scheme: an ecosystem name (W4A16, FP8_DYNAMIC) or a format name (nf4-g64); `group_size` resizes its groups.
     method: see ``fewbits list methods``; `method_options` are its fields (damping, act_order, ...).
     calibration: text file(s) or a list of strings, default the built-in text; cut into `samples` windows of
-    `sequence_length` tokens, chosen by `seed`.
+    `sequence_length` tokens, chosen by `seed`. Or the windows themselves, which settles those three.
     ignore: module names to leave as they are; "re:" starts a regular expression, * ? are wildcards.
     dtype: what is not quantized is stored as this (default: the model's own).
     experts: for experts that saw fewer calibration tokens than they have inputs: "borrow" the statistics of all

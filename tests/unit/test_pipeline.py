@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_runtime_models import byte_tokenizer, tiny_llama
 
+from fewbits.calibration.data import pack, read_texts
 from fewbits.core.errors import BadInput, FewbitsError
 from fewbits.core.progress import Progress
 from fewbits.pipeline import journal as journal_module
@@ -192,6 +193,17 @@ def test_a_finished_run_is_not_repeated(dense: Path, finished: Path) -> None:
     seen: list[Progress] = []
     run(dense, finished, on_progress=seen.append)
     assert [p.stage for p in seen] == ["done"]
+
+
+def test_windows_of_tokens_calibrate_as_the_text_they_were_cut_from(
+    dense: Path, finished: Path, tmp_path: Path
+) -> None:
+    texts, described = read_texts()
+    windows = pack(texts, byte_tokenizer(), sequence_length=64, samples=4, description=described)
+    out = run(dense, tmp_path / "q", calibration=windows, samples=None, sequence_length=None)
+    assert same(tensors(out), tensors(finished))
+    found, wanted = (json.loads((each / "certificate.json").read_text())["calibration"] for each in (out, finished))
+    assert found == wanted
 
 
 def test_an_unfinished_run_with_other_settings_is_not_touched(dense: Path, tmp_path: Path) -> None:

@@ -1,0 +1,50 @@
+"""fewbits through the same door as everyone: quantize, decode what was written, count what is stored.
+
+Runs in this project's own environment.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from contract import finish, job
+
+from fewbits.calibration.data import TokenSet, ids_sha256
+from fewbits.nn.qlinear import qlinears
+from fewbits.pipeline.quantize import quantize
+from fewbits.runtime.load import load
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        with job() as work:
+            options, digest = work.options, ids_sha256(work.ids)
+            samples, length = work.ids.shape
+            about = {"samples": samples, "sequence_length": length, "sha256": digest}
+            windows = TokenSet(ids=work.ids, sha256=digest, description=about)
+            out = quantize(
+                str(work.model),
+                options["scheme"],
+                method=options["method"],
+                method_options=options["method_options"],
+                calibration=windows,
+                dtype="bfloat16",
+                device=work.accelerator(),
+                eval_samples=0,
+                out=Path(scratch) / "quantized",
+            )
+        certificate = json.loads((out / "certificate.json").read_text(encoding="utf-8"))
+        model, _ = load(out, "cpu", torch.float32)
+        decoded = {f"{name}.weight": module.dequantize() for name, module in qlinears(model)}
+    weights = sum(tensor.numel() for tensor in decoded.values())
+    parts = {"codes, scales, zero points": certificate["size"]["bits_per_weight"] * weights}
+    extra = "".join(f", {name} {value}" for name, value in options["method_options"].items())
+    settings = f"{certificate['scheme']['weights']}, {options['method']}{extra}, bfloat16 scales"
+    finish(work, decoded, parts, ["transformers"], settings)
+
+
+if __name__ == "__main__":
+    main()
