@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from peers.environments import install, last_lines, recorded
 from peers.measure import LENGTH, Judge, windows, write_dense
-from peers.page import verdicts
+from peers.page import TEXT, verdicts
 from peers.registry import ABSENT, CONTESTANTS, HERE, OURS, PEERS, ROWS, Contestant
 from recorded import ROOT, save
 from safetensors.torch import load_file
@@ -56,7 +56,7 @@ class Run:
             return windows(self.work / "texts" / f"{name}.safetensors", text, split, samples, tokenizer)
 
         self.calibration = cut(f"calibration-{options.samples}", None, "calibration", options.samples)
-        self.texts = {"built-in": cut("evaluation-built-in", None, "evaluation", EVALUATION_SAMPLES)}
+        self.texts = {TEXT: cut("evaluation-built-in", None, "evaluation", EVALUATION_SAMPLES)}
         for name, path in (pair.split("=", 1) for pair in options.text):
             self.texts[name] = cut(f"evaluation-{name}", path, "evaluation", EVALUATION_SAMPLES)
         self.judge: Judge | None = None
@@ -71,7 +71,7 @@ class Run:
             "options": contestant.options,
             "versions": peer.environment.spec() if peer else OURS,
             "calibration": self.calibration.sha256,
-            "texts": {name: text.sha256 for name, text in self.texts.items()},
+            "text": self.texts[TEXT].sha256,
         }
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
         name = "-".join(contestant.key.replace("/", " ").split()).lower()
@@ -108,6 +108,8 @@ class Run:
         if found := self.known(contestant):
             return found
         head = {"row": contestant.row, "peer": contestant.peer, "label": contestant.label}
+        if self.options.kept:
+            return {**head, "error": "not run yet"}
         try:
             found = {**head, **self._make(contestant), "error": None}
         except FewbitsError as error:
@@ -132,7 +134,7 @@ class Run:
                 evaluations = self.judge.measure(decoded)
         finally:
             (out / "decoded.safetensors").unlink(missing_ok=True)
-        return {**facts, "options": contestant.options, "evaluations": evaluations, "machine": environment()}
+        return {**facts, "options": contestant.options, "evaluations": evaluations, "machine": machine()}
 
     def _quantize(self, contestant: Contestant, out: Path) -> None:
         if contestant.peer == OURS:
@@ -160,6 +162,11 @@ class Run:
                 raise FewbitsError(f"{last_lines(log.read())} (exit {done.returncode})")
 
 
+def machine() -> dict[str, Any]:
+    """Where a figure came from; the command without this machine's paths, which repeat nothing elsewhere."""
+    return {**environment(), "command": "python benchmarks/bench_peers.py"}
+
+
 @functools.cache
 def own_source() -> str:
     """A hash over this package's own code that decides what its quantizers give."""
@@ -174,7 +181,7 @@ def line(result: dict[str, Any]) -> str:
     head = f"{result['row']:8} {result['peer']:15} {result['label']:18}"
     if result["error"]:
         return f"{head} {result['error']}"
-    measured = result["evaluations"]["built-in"]
+    measured = result["evaluations"][TEXT]
     return (
         f"{head} {result['bits_per_weight']:.3f} bits  KL {measured['kl']['mean']:.4f} ± {measured['kl']['stderr']:.4f}"
         f"  perplexity {measured['perplexity']['mean']:.2f}  top-1 {measured['top1']['mean']:.3f}"
@@ -189,7 +196,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--envs", type=Path, default=CACHE / "envs", help="where the peers are installed")
     parser.add_argument("--index", default="", help="package index that torch is installed from")
     parser.add_argument("--python", action="append", default=[], metavar="PEER=PATH", help="an environment you have")
-    parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="measure on this text too")
+    parser.add_argument(
+        "--text", action="append", default=[], metavar="NAME=FILE", help="measure what is run on this text too"
+    )
     parser.add_argument("--samples", type=int, default=16, help=f"calibration windows of {LENGTH} tokens")
     parser.add_argument("--only", default="", help="contestants whose row/peer/label holds this")
     parser.add_argument("--jobs", type=int, default=1, help="contestants at a time")
@@ -210,9 +219,7 @@ def main() -> None:
     run = Run(options)
     wanted = [each for each in CONTESTANTS if options.only in each.key]
     missing = [each for each in wanted if run.known(each) is None]
-    if options.kept:
-        wanted = [each for each in wanted if each not in missing]
-    else:
+    if not options.kept:
         run.prepare(missing)
     results = []
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
@@ -222,7 +229,7 @@ def main() -> None:
     order = {each.key: position for position, each in enumerate(CONTESTANTS)}
     results.sort(key=lambda found: order[f"{found['row']}/{found['peer']}/{found['label']}"])
     record = {
-        "environment": environment(),
+        "environment": machine(),
         "model": options.model,
         "calibration": run.calibration.description,
         "texts": {name: text.description for name, text in run.texts.items()},

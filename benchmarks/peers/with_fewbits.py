@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from contract import finish, job
+from safetensors.torch import load_file
 
 from fewbits.calibration.data import TokenSet, ids_sha256
 from fewbits.nn.qlinear import qlinears
@@ -39,11 +40,16 @@ def main() -> None:
         certificate = json.loads((out / "certificate.json").read_text(encoding="utf-8"))
         model, _ = load(out, "cpu", torch.float32)
         decoded = {f"{name}.weight": module.dequantize() for name, module in qlinears(model)}
-    weights = sum(tensor.numel() for tensor in decoded.values())
+        weights = sum(tensor.numel() for tensor in decoded.values())
+        # What the method changed besides, norms that scales were folded into: more than rounding to bfloat16 does.
+        original = load_file(work.model / "model.safetensors")
+        for name, tensor in model.named_parameters():
+            if name not in original or not torch.equal(tensor, original[name].bfloat16().float()):
+                decoded[name] = tensor
     parts = {"codes, scales, zero points": certificate["size"]["bits_per_weight"] * weights}
     extra = "".join(f", {name} {value}" for name, value in options["method_options"].items())
     settings = f"{certificate['scheme']['weights']}, {options['method']}{extra}, bfloat16 scales"
-    finish(work, decoded, parts, ["transformers"], settings)
+    finish(work, decoded, parts, ["transformers"], settings, weights)
 
 
 if __name__ == "__main__":

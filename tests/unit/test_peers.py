@@ -141,7 +141,8 @@ def a_run(tmp_path: Path, **installed: dict[str, Any]) -> bench_peers.Run:
     ids = torch.zeros(1, 8, dtype=torch.int64)
     run.options = argparse.Namespace(samples=1, limit=60, envs=tmp_path, kept=False)
     run.work, run.model, run.environments = tmp_path, tmp_path, installed
-    run.calibration, run.texts = TokenSet(ids=ids, sha256=ids_sha256(ids), description={}), {}
+    run.calibration = TokenSet(ids=ids, sha256=ids_sha256(ids), description={})
+    run.texts = {"built-in": run.calibration}
     for folder in ("results", "scratch", "texts"):
         (tmp_path / folder).mkdir()
     return run
