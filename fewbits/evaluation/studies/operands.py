@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from fewbits.checkpoints.source import open_source
 from fewbits.core.errors import BadInput, FewbitsError
 from fewbits.core.progress import OnProgress, Progress
 from fewbits.models.topology import find_topology
-from fewbits.models.walk import ExpertRef, blocks, linears
+from fewbits.models.walk import ExpertRef, LinearRef, blocks, linears
 
 GAUSSIAN = "gaussian"  # names `gaussian_network`
 WEIGHT_VALUES = 1 << 20  # of a weight, at most: outliers are rare, and a small sample would miss them
@@ -128,14 +129,21 @@ def of_model(
         description=description,
     )
     ids = _framed(tokens.ids, tokenizer) if encoder else tokens.ids
-    refs = _linears(model, name)
-    activations = _activations(model, refs, ids, seed, on_progress)
+    found = _linears(model, name)
+    activations = _activations(model, found, ids, seed, on_progress)
     weights = [
-        Weight(name=ref.name, kind=ref.kind, block=block, read=lambda ref=ref: ref.weight) for block, ref in refs
+        Weight(name=each.ref.name, kind=each.kind, block=each.block, read=lambda ref=each.ref: ref.weight)
+        for each in found
     ]
     kind = "encoder" if encoder else "language model"
-    about = f"{kind} {model.config.model_type}, {len({block for block, _ in refs})} blocks, {len(refs)} linears"
-    return Network(name=name, about=about, weights=weights, activations=activations, text=_described(tokens, encoder))
+    about = f"{kind} {model.config.model_type}, {len({each.block for each in found})} blocks, {len(found)} linears"
+    return Network(
+        name=Path(name).name if Path(name).is_dir() else name,
+        about=about,
+        weights=weights,
+        activations=activations,
+        text=_described(tokens, encoder),
+    )
 
 
 # ---- models
@@ -186,15 +194,25 @@ def _described(tokens: TokenSet, framed: bool) -> dict[str, Any]:
     return {**tokens.description, "framed": "first token [CLS], last [SEP]"} if framed else tokens.description
 
 
-def _linears(model: nn.Module, name: str) -> list[tuple[int, Ref]]:
-    """(block, linear) of every linear, under its full name."""
+@dataclass(frozen=True, kw_only=True)
+class _Linear:
+    """A linear under its full name, and where it is. kind: its name in the block, as short as tells it apart."""
+
+    ref: Ref
+    block: int
+    kind: str
+
+
+def _linears(model: nn.Module, name: str) -> list[_Linear]:
     config: Any = model.config
     topology = find_topology(config.to_dict())
-    found = [
-        (index, dataclasses.replace(ref, name=f"{path}.{ref.name}"))
-        for index, (path, block) in enumerate(blocks(model, topology))
-        for ref in linears(block, topology)
-    ]
+    found = []
+    for index, (path, block) in enumerate(blocks(model, topology)):
+        refs = linears(block, topology)
+        often = Counter(ref.kind for ref in refs if isinstance(ref, LinearRef))  # BERT has three that are called dense
+        for ref in refs:
+            kind = ref.name if isinstance(ref, LinearRef) and often[ref.kind] > 1 else ref.kind
+            found.append(_Linear(ref=dataclasses.replace(ref, name=f"{path}.{ref.name}"), block=index, kind=kind))
     if not found:
         raise BadInput(f"{name}: no dense linears in its blocks; pass the original of a quantized model")
     return found
@@ -204,7 +222,7 @@ def _linears(model: nn.Module, name: str) -> list[tuple[int, Ref]]:
 
 
 def _activations(
-    model: Any, refs: Sequence[tuple[int, Ref]], ids: Tensor, seed: int, on_progress: OnProgress | None
+    model: Any, places: Sequence[_Linear], ids: Tensor, seed: int, on_progress: OnProgress | None
 ) -> list[Activation]:
     """One window at a time through the model, the head left out."""
     body, device = getattr(model, "base_model", model), next(model.parameters()).device
@@ -214,13 +232,13 @@ def _activations(
         with torch.inference_mode():
             body(input_ids=window[None].to(device), **options)
 
-    stages = input_stages([ref for _, ref in refs], lambda: forward(ids[0, :_PROBE]))
-    of_block = {ref.name: block for block, ref in refs}
+    stages = input_stages([each.ref for each in places], lambda: forward(ids[0, :_PROBE]))
+    about = {each.ref.name: each for each in places}
     found = {
         members[0].name: Activation(
             name=members[0].name,
-            kind=", ".join(dict.fromkeys(ref.kind for ref in members)),
-            block=of_block[members[0].name],
+            kind=", ".join(dict.fromkeys(about[ref.name].kind for ref in members)),
+            block=about[members[0].name].block,
         )
         for members in stages
     }
