@@ -5,6 +5,7 @@ from fewbits.core.registry import Registry
 METHODS = Registry(
     "method",
     {
+        "rotate": "fewbits.algorithms.rotate:Rotate",
         "awq": "fewbits.algorithms.awq:AWQ",
         "gptq": "fewbits.algorithms.gptq:GPTQ",
         "gptaq": "fewbits.algorithms.gptaq:GPTAQ",

@@ -4,6 +4,7 @@
 
 | role | does | offers |
 |---|---|---|
+| rewrite | changes the whole model, as it is read, so that it computes the same | `rewrite(source, kept)` |
 | transform | changes a block so that it computes the same and quantizes better | `apply(block)` |
 | weights | turns a weight into codes; exactly one, `rtn` if none is named | `solve(weight, format, inputs, name)` |
 | refine | improves codes and scales that are there | `refine(solved, weight, inputs, name)` |
@@ -17,7 +18,7 @@ calibration tokens,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -26,11 +27,12 @@ from torch import Tensor, nn
 
 from fewbits.calibration.collect import Ref
 from fewbits.calibration.stats import Inputs
+from fewbits.checkpoints.base import Source
 from fewbits.core.errors import BadInput, FewbitsError
 from fewbits.formats import Format, Quantized
 from fewbits.models.topology import Topology
 
-ROLES = ("transform", "weights", "refine")
+ROLES = ("rewrite", "transform", "weights", "refine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,25 @@ class Step(Protocol):
 
     role: ClassVar[str]
     statistics: ClassVar[frozenset[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewritten:
+    """A model rewritten. source: answers as the original's, with other tensors and perhaps another configuration.
+
+    input_hadamard: module on disk -> orders of the Hadamard transform that its input must go through when the model
+    runs; the weight is that of the transformed input. notes: what the user should know.
+    """
+
+    source: Source
+    input_hadamard: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class Rewrite(Step, Protocol):
+    """Changes the model as a whole; tells nothing of text. `kept(module)`: whether a linear will stay dense."""
+
+    def rewrite(self, source: Source, kept: Callable[[str], bool]) -> Rewritten: ...
 
 
 class WeightMethod(Step, Protocol):

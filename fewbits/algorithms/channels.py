@@ -113,6 +113,8 @@ def _product(block: Block, modules: dict[str, nn.Module], stage: Stage, writer: 
     refs = stage.refs
     if len(refs) != 1 or not fnmatch.fnmatchcase(refs[0].name, reader):
         return None
+    if getattr(modules.get(refs[0].name), "input_hadamard", None):
+        return None  # a transform stands between the two
     other = _sibling(block, refs[0], writer.rpartition(".")[2].lstrip("*"))
     if other is None or not isinstance(modules.get(other.name), nn.Linear | None):
         return None

@@ -1,7 +1,7 @@
 """Compositions: `--method awq,gptq,refine` as one recipe of steps.
 
-Steps run in the order of their roles whatever the order they are named in: transforms (as named), the one method
-that makes codes (`rtn` if none is named), refinements (as named). An option goes to every step that has a
+Steps run in the order of their roles whatever the order they are named in: rewrites, transforms (as named), the one
+method that makes codes (`rtn` if none is named), refinements (as named). An option goes to every step that has a
 field of that name; `gptq.damping` goes to that step alone.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewbits.algorithms import METHODS
-from fewbits.algorithms.base import ROLES, Refinement, Step, Transform, WeightMethod
+from fewbits.algorithms.base import ROLES, Refinement, Rewrite, Step, Transform, WeightMethod
 from fewbits.core.errors import BadInput, unknown
 
 
@@ -22,6 +22,7 @@ class Recipe:
     """What is done to every block. names: of the steps, in the order they are taken."""
 
     names: tuple[str, ...]
+    rewrites: tuple[Rewrite, ...] = ()
     transforms: tuple[Transform, ...]
     weights: WeightMethod
     refinements: tuple[Refinement, ...]
@@ -33,7 +34,7 @@ class Recipe:
     @property
     def steps(self) -> dict[str, Step]:
         """name -> step, in the order they are taken."""
-        return dict(zip(self.names, (*self.transforms, self.weights, *self.refinements), strict=True))
+        return dict(zip(self.names, (*self.rewrites, *self.transforms, self.weights, *self.refinements), strict=True))
 
     @property
     def statistics(self) -> frozenset[str]:
@@ -65,7 +66,13 @@ def compose(names: str | Iterable[str], options: Mapping[str, Any] | None = None
     def of(role: str) -> tuple[Any, ...]:
         return tuple(made[name] for name in ordered if kinds[name].role == role)
 
-    return Recipe(names=tuple(ordered), transforms=of("transform"), weights=made[solvers[0]], refinements=of("refine"))
+    return Recipe(
+        names=tuple(ordered),
+        rewrites=of("rewrite"),
+        transforms=of("transform"),
+        weights=made[solvers[0]],
+        refinements=of("refine"),
+    )
 
 
 def _assign(ordered: list[str], kinds: Mapping[str, Any], options: dict[str, Any]) -> dict[str, dict[str, Any]]:

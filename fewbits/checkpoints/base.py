@@ -40,6 +40,7 @@ class TensorInfo:
     dtype: torch.dtype  # of the tensor that `Source.tensor` returns
     nbytes: int  # as stored
     stored: str  # the file's own name of the storage type: "BF16", "Q4_K", ...
+    note: str = ""  # what was done to it on the way, where it is not what the file holds
 
 
 @runtime_checkable

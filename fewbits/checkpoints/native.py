@@ -15,42 +15,64 @@ Per quantized linear `M` of shape [out, in] in a format of b bits:
 
     value = (level[code] - zero) * scale
 
-Everything else in the checkpoint is what the source had. Version 1; a reader refuses a higher one.
+A module may also have "input_hadamard": [12, 128]: its weight is that of the transformed input, and a reader transforms
+the input by those Hadamard factors first (formats/hadamard.py).
+
+Everything else in the checkpoint is what the source had. A file states the lowest version that can say what is in it: 2
+with an input_hadamard, else 1. A reader refuses a version above its own.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from fewbits.checkpoints.base import Source
 from fewbits.core.errors import BadInput, Unsupported
-from fewbits.formats import Format, Quantized, parse_format
+from fewbits.formats import Format, Quantized, hadamard, parse_format
 
 QUANT_METHOD = "fewbits"
-VERSION = 1
+VERSION = 2
 # Names, not eval: a checkpoint may only pick from this table.
 SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def module_entry(format: Format, activations: Format | None, shape: tuple[int, int]) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Module:
+    """What config.json says of one linear, read."""
+
+    format: Format
+    activations: Format | None
+    shape: tuple[int, int]
+    input_hadamard: tuple[int, ...] = ()
+
+
+def module_entry(
+    format: Format, activations: Format | None, shape: tuple[int, int], input_hadamard: Sequence[int] | None = None
+) -> dict[str, Any]:
     """What config.json says of one linear."""
+    transformed = {"input_hadamard": list(input_hadamard)} if input_hadamard else {}
     return {
         "format": format.name,
         "shape": list(shape),
         "scale_dtype": str(format.scaling.scale_dtype).removeprefix("torch."),
         "activations": None if activations is None else activations.name,
+        **transformed,
     }
 
 
 def quantization_config(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """`quantization_config` of config.json."""
-    return {"quant_method": QUANT_METHOD, "version": VERSION, "modules": modules}
+    version = 2 if any("input_hadamard" in entry for entry in modules.values()) else 1
+    return {"quant_method": QUANT_METHOD, "version": version, "modules": modules}
 
 
-def read_modules(config: dict[str, Any]) -> dict[str, tuple[Format, Format | None, tuple[int, int]]]:
-    """Module -> (weight format, activation format, shape) from a `quantization_config`; BadInput if damaged."""
+def read_modules(config: dict[str, Any]) -> dict[str, Module]:
+    """What a `quantization_config` says of each module; BadInput if it is damaged."""
     version = config.get("version")
     if not isinstance(version, int) or version < 1:
         raise BadInput(f"native checkpoint version {version!r}; expected {VERSION}")
@@ -64,12 +86,23 @@ def read_modules(config: dict[str, Any]) -> dict[str, tuple[Format, Format | Non
         if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)):
             raise BadInput(f"{name}: shape {shape!r}; expected [out, in]")
         activations = entry.get("activations")
-        modules[name] = (
-            parse_format(entry.get("format", "")).with_scale_dtype(SCALE_DTYPES[dtype]),
-            None if activations is None else parse_format(activations),
-            (shape[0], shape[1]),
+        modules[name] = Module(
+            format=parse_format(entry.get("format", "")).with_scale_dtype(SCALE_DTYPES[dtype]),
+            activations=None if activations is None else parse_format(activations),
+            shape=(shape[0], shape[1]),
+            input_hadamard=_orders(name, entry.get("input_hadamard", []), shape[1]),
         )
     return modules
+
+
+def _orders(name: str, orders: Any, columns: int) -> tuple[int, ...]:
+    whole = isinstance(orders, list) and all(type(n) is int and 1 <= n <= columns for n in orders)
+    if not whole or len(orders) > columns.bit_length() or columns % math.prod(orders):
+        raise BadInput(f"{name}: input_hadamard {orders!r}; expected orders whose product divides {columns}")
+    unknown = [n for n in orders if not hadamard.is_known(n)]
+    if unknown:
+        raise Unsupported(f"{name}: input_hadamard {unknown[0]}; no Hadamard matrix of that order is known here")
+    return tuple(orders)
 
 
 def decode(source: Source, module: str, format: Format, shape: tuple[int, int]) -> Quantized:

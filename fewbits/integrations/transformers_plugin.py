@@ -52,19 +52,20 @@ class FewbitsQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         modules = native.read_modules(self.quantization_config.to_dict())
-        for name, (format, activations, shape) in modules.items():
+        for name, entry in modules.items():
             linear = linears.get(name)
             if linear is None:
                 raise Unsupported(
                     f"{name}: quantized in the checkpoint, but {type(model).__name__} has no linear of "
                     f"that name to replace (fused experts, for example); use fewbits.load, which decodes such tensors"
                 )
-            if shape != (linear.out_features, linear.in_features):
-                raise BadInput(f"{name}: quantized as {shape}; the model has {tuple(linear.weight.shape)}")
+            if entry.shape != (linear.out_features, linear.in_features):
+                raise BadInput(f"{name}: quantized as {entry.shape}; the model has {tuple(linear.weight.shape)}")
             bias = linear.bias is not None
             replacement = QLinear(
-                shape[1], shape[0], format, bias, activations, dtype=linear.weight.dtype, device="meta"
-            )
+                entry.shape[1], entry.shape[0], entry.format, bias, entry.activations,
+                dtype=linear.weight.dtype, device="meta", input_hadamard=entry.input_hadamard,
+            )  # fmt: skip
             model.set_submodule(name, replacement)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

@@ -11,5 +11,7 @@ PHI3 = Topology(
         ("input_layernorm", ("self_attn.qkv_proj",)),
         ("post_attention_layernorm", ("mlp.gate_up_proj",)),
     ),
+    products=(("*up_proj", "*down_proj"),),
+    value_output=None,
     shared_inputs=(("qkv_proj",), ("o_proj",), ("gate_up_proj",), ("down_proj",)),
 )

@@ -67,6 +67,9 @@ class Topology:
         ("self_attn.v_proj", "self_attn.o_proj"),
         ("*up_proj", "*down_proj"),
     )  # (writer, reader), patterns: a scale on the writer's rows comes out as one on the reader's columns
+    writers: tuple[str, ...] = ("self_attn.o_proj", "*down_proj")  # patterns: linears that add to the residual stream
+    value_output: tuple[str, str] | None = ("self_attn.v_proj", "self_attn.o_proj")  # a head apart, nothing but
+    # the average of attention between them
     blocks: str = "model.layers"
     embeddings: str = "model.embed_tokens"
     final_norm: str = "model.norm"

@@ -17,14 +17,14 @@ device goes back to canonical codes and prepacks there.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewbits.core.errors import BadInput
-from fewbits.formats import Format, Quantized
+from fewbits.formats import Format, Quantized, hadamard
 from fewbits.formats import bits as packing
 from fewbits.kernels import KERNELS, Kernel, LinearSpec, No, Packed, Yes, choose, explain
 
@@ -33,6 +33,8 @@ class QLinear(nn.Module):
     """`x [..., in] -> [..., out]` in x's dtype, with a weight stored in `format`.
 
     activations: a per-token format that x is rounded to before the product (dynamic quantization), or None.
+    input_hadamard: orders of the Hadamard transform x goes through before that (formats/hadamard.py), or none; the
+    weight, and `dequantize`, are those of the transformed x.
     Tensors are allocated empty; fill them by `load_state_dict`, or use `from_quantized`.
     """
 
@@ -49,12 +51,14 @@ class QLinear(nn.Module):
         activations: Format | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        input_hadamard: Sequence[int] = (),
     ) -> None:
         super().__init__()
         if activations is not None and activations.scaling.block != "token":
             raise BadInput(f"activations as {activations.name}; scales of activations are per token, e.g. int8-token")
         self.in_features, self.out_features = in_features, out_features
         self.format, self.activations = format, activations
+        self.input_hadamard = tuple(input_hadamard)
         self.kernel: str | None = None
         self._packed: Packed | None = None
         self._spec: LinearSpec | None = None
@@ -66,11 +70,18 @@ class QLinear(nn.Module):
 
     @classmethod
     def from_quantized(
-        cls, weight: Quantized, bias: Tensor | None = None, activations: Format | None = None
+        cls,
+        weight: Quantized,
+        bias: Tensor | None = None,
+        activations: Format | None = None,
+        input_hadamard: Sequence[int] = (),
     ) -> QLinear:
         """A canonical module (not yet prepacked) holding `weight`; the tensors are shared, not copied."""
         out_features, in_features = weight.shape
-        module = cls(in_features, out_features, weight.format, bias is not None, activations, device="meta")
+        module = cls(
+            in_features, out_features, weight.format, bias is not None, activations,
+            device="meta", input_hadamard=input_hadamard,
+        )  # fmt: skip
         for name, tensor in weight.to_state().items():
             setattr(module, name, tensor)
         if bias is not None:
@@ -147,6 +158,8 @@ class QLinear(nn.Module):
         if self._packed is None:
             self.prepack()
         assert self._packed is not None and self._spec is not None and self.kernel is not None
+        if self.input_hadamard:
+            x = hadamard.transform(x, self.input_hadamard)
         y: Tensor = KERNELS.get(self.kernel).linear(x, self._packed, self._spec)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -185,6 +198,8 @@ class QLinear(nn.Module):
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         if self.activations is not None:
             text += f", activations={self.activations.name}"
+        if self.input_hadamard:
+            text += f", input_hadamard={'x'.join(map(str, self.input_hadamard))}"
         return f"{text}, format={self.format.name}, kernel={self.kernel or 'not yet chosen'}"
 
 

@@ -55,7 +55,7 @@ def build(
     config = job.source.config()
     record = environment()
     experts = coverage.report(layers, job.experts)
-    fallbacks = sorted({f"{layer['name']}: {note}" for layer in layers for note in layer["notes"]})
+    fallbacks = [*job.notes, *sorted({f"{layer['name']}: {note}" for layer in layers for note in layer["notes"]})]
     if experts is not None and experts["few"]:
         fallbacks.append(coverage.sentence(experts))
     return {

@@ -41,6 +41,8 @@ class Job:
     probe: TokenSet | None
     seed: int
     experts: str
+    input_hadamard: dict[str, tuple[int, ...]]  # module on disk -> orders of the transform of its input
+    notes: tuple[str, ...]  # of steps that concern the whole model
 
     def fingerprint(self) -> dict[str, Any]:
         """JSON that two runs share exactly when they compute the same tensors."""
@@ -100,11 +102,26 @@ def prepare(
             texts, tokenizer, sequence_length=min(512, limit or 512), samples=None, at_most=eval_samples,
             description=described,
         )  # fmt: skip
+    source, input_hadamard, notes = _rewritten(source, recipe, ignore)
     return Job(
-        source=source, out=out.absolute(), scheme=scheme, recipe=recipe,
+        source=source, input_hadamard=input_hadamard, notes=notes, out=out.absolute(), scheme=scheme, recipe=recipe,
         sequential=sequential, ignore=ignore, dtype=dtype, device=device, checkpoint_format=checkpoint_format,
         calibration=tokens, probe=probe, seed=seed, experts=experts,
     )  # fmt: skip
+
+
+def _rewritten(
+    source: Source, recipe: Recipe, ignore: tuple[str, ...]
+) -> tuple[Source, dict[str, tuple[int, ...]], tuple[str, ...]]:
+    """The model as the recipe's rewrites leave it, the transforms of inputs they ask for, and their notes."""
+    inputs: dict[str, tuple[int, ...]] = {}
+    notes: list[str] = []
+    for step in recipe.rewrites:
+        done = step.rewrite(source, lambda module: ignored(module, ignore))
+        source = done.source
+        inputs.update(done.input_hadamard)
+        notes += done.notes
+    return source, inputs, tuple(notes)
 
 
 def _default_samples(source: Source, sequence_length: int) -> int:

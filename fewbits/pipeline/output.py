@@ -84,7 +84,8 @@ def kept_items(
         else:
             target = dtype if info.dtype in _FLOATS else info.dtype
             items.append(Item(name=name, dtype=target, shape=info.shape, provider=_cast(source, name, target)))
-            reason = "" if target == info.dtype else f"stored as {target}".replace("torch.", "")
+            stored = "" if target == info.dtype else f"stored as {target}".replace("torch.", "")
+            reason = ", ".join(filter(None, (info.note, stored)))
             account.append({**entry, "action": "kept", "reason": reason})
     for name, origin in source.tied().items():
         account.append({"name": name, "bytes": 0, "action": "tied", "reason": f"shares {origin}"})

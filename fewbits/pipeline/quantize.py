@@ -116,8 +116,10 @@ def _batches(tokens: TokenSet | None) -> list[Tensor]:
 def _run(job: Job, journal: Journal, report: OnProgress, started: float) -> None:
     # What is computed: float32 on a CPU and for sources that hold float32; else the model's own dtype.
     first = job.source.info(next(name for name in job.source.names() if name.endswith(".weight")))
-    compute = torch.float32 if job.device.type == "cpu" else first.dtype
+    # A rewritten weight is no number of that dtype: the original must be computed more finely.
+    compute = torch.float32 if job.device.type == "cpu" or job.recipe.rewrites else first.dtype
     shell = ModelShell(job.source, job.device, compute)
+    shell.transform_inputs(job.input_hadamard)
     chosen = [_chosen(shell, index, job) for index in range(len(shell.blocks))]
     if not any(chosen):
         raise BadInput(f"nothing to quantize: every linear matches an ignore pattern ({', '.join(job.ignore)})")
@@ -174,12 +176,14 @@ def _checkpoint_kind(job: Job, chosen: list[list[Ref]]) -> str:
         for refs in chosen
         for ref in refs
     } - {None}
+    if job.input_hadamard:
+        reasons |= {"it has no entry for inputs that are transformed as the model runs"}
     if job.checkpoint_format == "native" or (reasons and job.checkpoint_format == "auto"):
         return native.QUANT_METHOD
     if reasons:
         raise Unsupported(
             f"compressed-tensors cannot say {job.scheme.weights.name} for this model: {sorted(map(str, reasons))[0]}; "
-            "use the native checkpoint format, or another group size"
+            "use the native checkpoint format, or another group size or method"
         )
     return compressed_tensors.QUANT_METHOD
 
@@ -306,7 +310,9 @@ def _assemble(
     else:
         config = native.quantization_config(
             {
-                name: native.module_entry(job.scheme.weights, job.scheme.activations, shape)
+                name: native.module_entry(
+                    job.scheme.weights, job.scheme.activations, shape, job.input_hadamard.get(name)
+                )
                 for name, shape in modules.items()
             }
         )

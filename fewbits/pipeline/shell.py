@@ -10,7 +10,7 @@ streamed, whatever its family.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from fewbits.checkpoints.base import Source
 from fewbits.core.errors import BadInput, Unsupported
+from fewbits.formats import hadamard
 from fewbits.models.skeleton import load_block, release_block, skeleton
 from fewbits.models.topology import find_topology
-from fewbits.models.walk import blocks
+from fewbits.models.walk import LinearRef, blocks, linears
 
 
 class _Recorder(nn.Module):
@@ -63,6 +64,19 @@ class ModelShell:
             yield module
         finally:
             release_block(module)
+
+    def transform_inputs(self, orders: Mapping[str, tuple[int, ...]]) -> None:
+        """From now on the linears named (as on disk) receive their input Hadamard-transformed, and say so."""
+
+        def hook(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (hadamard.transform(args[0], module.input_hadamard), *args[1:])
+
+        for prefix, block in self.blocks:
+            for ref in linears(block, self.topology):
+                name = f"{prefix}.{ref.disk_name}"
+                if name in orders and isinstance(ref, LinearRef):
+                    ref.module.input_hadamard = orders[name]
+                    ref.module.register_forward_pre_hook(hook)
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[list[_Recorder]]:

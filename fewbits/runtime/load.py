@@ -24,7 +24,7 @@ from fewbits.checkpoints import compressed_tensors, native
 from fewbits.checkpoints.base import Source
 from fewbits.checkpoints.source import open_source
 from fewbits.core.errors import BadInput, Unsupported
-from fewbits.formats import Format, Quantized
+from fewbits.formats import Format, Quantized, hadamard
 from fewbits.models.skeleton import load_block, skeleton
 from fewbits.models.topology import Topology, find_topology
 from fewbits.models.walk import ExpertRef, blocks, linears
@@ -125,8 +125,8 @@ class QuantizedModules:
         """(weight, activation format or None) of module `name`."""
         try:
             if self.method == native.QUANT_METHOD:
-                format, activations, shape = self.entries[name]
-                return native.decode(self.source, name, format, shape), activations
+                entry = self.entries[name]
+                return native.decode(self.source, name, entry.format, entry.shape), entry.activations
             found = compressed_tensors.decode(self.source, name, self.entries[name])
         except BadInput as error:
             if name in str(error):
@@ -134,9 +134,19 @@ class QuantizedModules:
             raise BadInput(f"{self.source.path}: {name}: {error}") from error
         return found.weight, found.activations
 
+    def input_hadamard(self, name: str) -> tuple[int, ...]:
+        """Orders of the Hadamard transform that the module's input goes through; none: it goes through none."""
+        orders: tuple[int, ...] = getattr(self.entries[name], "input_hadamard", ())
+        return orders
+
+    def dense(self, name: str) -> Tensor:
+        """The weight of module `name` for its input as it is, untransformed."""
+        weight, orders = self.read(name)[0].dequantize(), self.input_hadamard(name)
+        return hadamard.transform(weight, orders, inverse=True) if orders else weight
+
     def qlinear(self, name: str, bias: Tensor | None) -> QLinear:
         weight, activations = self.read(name)
-        return QLinear.from_quantized(weight, bias, activations)
+        return QLinear.from_quantized(weight, bias, activations, self.input_hadamard(name))
 
 
 def quantized_modules(source: Source) -> QuantizedModules:
@@ -171,7 +181,7 @@ class _Decoding:
 
     def tensor(self, name: str) -> Tensor:
         if name in self._weights:
-            return self._packed.read(self._weights[name])[0].dequantize()
+            return self._packed.dense(self._weights[name])
         return self._source.tensor(name)
 
 
@@ -202,7 +212,9 @@ def _finish(model: Any, source: Source, dtype: torch.dtype, modules: dict[str, A
     model.config.name_or_path = source.path
     if modules:
         entries = {
-            name: native.module_entry(module.format, module.activations, (module.out_features, module.in_features))
+            name: native.module_entry(
+                module.format, module.activations, (module.out_features, module.in_features), module.input_hadamard
+            )
             for name, module in modules.items()
         }
         model.config.quantization_config = native.quantization_config(entries)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fewbits.formats import hadamard
 from fewbits.kernels import KERNELS
 from fewbits.kernels.cpu_fp16 import half_linear, half_works, pack_half
 from fewbits.nn.qlinear import QLinear
@@ -50,8 +51,12 @@ def _quantized(module: QLinear, dtype: torch.dtype) -> Product:
     packed, spec = module.prepack().packed, module.packed_spec
     assert packed is not None and module.kernel is not None
     kernel = KERNELS.get(module.kernel)
-    apply = _biased(kernel.bind(packed, spec), module.bias)
+    apply = _biased(_transformed(kernel.bind(packed, spec), module.input_hadamard), module.bias)
     return Product(apply, kernel.input_dtype or dtype, (module.out_features,))
+
+
+def _transformed(apply: Apply, orders: Sequence[int]) -> Apply:
+    return (lambda x: apply(hadamard.transform(x, orders))) if orders else apply
 
 
 def _biased(apply: Apply, bias: Tensor | None) -> Apply:
@@ -90,7 +95,7 @@ def _joined(linears: Sequence[nn.Module], dtype: torch.dtype) -> Product | None:
         same = len({(linear.weight.dtype, linear.weight.device) for linear in linears}) == 1
         packs = linears[0].weight.dtype.itemsize == 2 and linears[0].weight.device.type == "cpu" and half_works()
         return _dense(linears) if same and packs else None
-    if not all(isinstance(linear, QLinear) for linear in linears):
+    if not all(isinstance(linear, QLinear) and not linear.input_hadamard for linear in linears):
         return None
     specs = [linear.prepack().packed_spec for linear in linears]
     widths = tuple(spec.shape[0] for spec in specs)

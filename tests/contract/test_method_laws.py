@@ -54,7 +54,7 @@ def test_a_step_says_what_it_is(name: str) -> None:
     assert step.role in ROLES
     assert step.statistics <= set(STATISTICS)
     assert (step.__doc__ or "").strip()
-    assert compose(name).names[-1 if step.role != "transform" else 0] == name
+    assert compose(name).names[0 if step.role in ("rewrite", "transform") else -1] == name
 
 
 # Methods that look at no data are not judged by the outputs (their own laws: tests/unit/test_<method>.py).
