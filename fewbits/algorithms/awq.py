@@ -51,7 +51,7 @@ class AWQ:
         changed: set[str] = set()
         places = list(scalables(block))
         for place in places:
-            s = self.best(place, block.format, block.name)
+            s = self.best(place, block.format_of(place.stages[0].refs[0]), block.name)
             if s is not None:
                 changed |= place.scale(s)
         notes = {}

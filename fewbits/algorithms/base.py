@@ -18,7 +18,7 @@ calibration tokens,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -102,6 +102,7 @@ class Block:
 
     stages: in the order they run. A transform that changes what flows into a stage changes its `inputs` with it.
     topology: None for a family that no table lists; transforms then do nothing and say so.
+    format: of all its linears, but for those that `formats` names.
     """
 
     name: str
@@ -109,6 +110,11 @@ class Block:
     topology: Topology | None
     stages: Sequence[Stage]
     format: Format
+    formats: Mapping[str, Format] = field(default_factory=dict)
+
+    def format_of(self, ref: Ref) -> Format:
+        """What `ref` will be quantized to."""
+        return self.formats.get(ref.name, self.format)
 
 
 @dataclass(frozen=True, kw_only=True)

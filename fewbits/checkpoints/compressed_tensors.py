@@ -15,7 +15,7 @@ NF4, groups that do not divide the input dimension, E5M2) is written in the nati
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,19 @@ def refuses(format: Format, activations: Format | None, shape: tuple[int, int]) 
     return None
 
 
+def refuses_mix(formats: Iterable[Format]) -> str | None:
+    """Why transformers could not read linears of these formats from one checkpoint, or None if it can.
+
+    transformers 5.23 decodes every linear by the first config group when it decodes while loading, which asymmetric
+    formats need (see `quantization_config`). vLLM and fewbits read each by its own group.
+    """
+    distinct = {format.name: format for format in formats}
+    asymmetric = sorted(name for name, format in distinct.items() if format.scaling.zero_point)
+    if len(distinct) > 1 and asymmetric:
+        return f"transformers reads no zero points ({asymmetric[0]}) from a file of several formats"
+    return None
+
+
 def layout(format: Format, activations: Format | None) -> str:
     """The value of `format` that describes such a layer."""
     if format.grid.kind == "float":
@@ -96,30 +109,45 @@ def _arguments(format: Format, *, dynamic: bool) -> dict[str, Any]:
     }
 
 
-def quantization_config(format: Format, activations: Format | None, ignore: Iterable[str]) -> dict[str, Any]:
-    """`quantization_config` of config.json for a model whose linears, but for `ignore`, are of `format`."""
-    kind = layout(format, activations)
+def quantization_config(
+    formats: Format | Mapping[str, Format], activations: Format | None, ignore: Iterable[str]
+) -> dict[str, Any]:
+    """`quantization_config` of config.json for a model whose linears, but for `ignore`, are of one format, or each of
+    its own: then one config group a format, with the modules' names as its targets."""
+    named: dict[str, list[str]] = {}
+    by_name = {"": formats} if isinstance(formats, Format) else dict(formats)
+    for module, format in by_name.items():
+        named.setdefault(format.name, []).append(module)
+    distinct = {format.name: format for format in by_name.values()}
+    groups = {
+        f"group_{index}": _group(format, activations, sorted(named[name]) if len(distinct) > 1 else ["Linear"])
+        for index, (name, format) in enumerate(distinct.items())
+    }
+    kinds = {group["format"] for group in groups.values()}
     # compressed-tensors 0.20 sizes an asymmetric module's packed zero points wrongly before loading (its
     # meta-device path leaves them unpacked), so transformers refuses the file; decoding while loading is sound.
     # vLLM and SGLang do not read this key.
-    extra = {"dequantize": True} if format.scaling.zero_point else {}
-    group = {
-        "targets": ["Linear"],
-        "weights": _arguments(format, dynamic=False),
-        "input_activations": None if activations is None else _arguments(activations, dynamic=True),
-        "output_activations": None,
-        "format": kind,
-    }
+    extra = {"dequantize": True} if any(format.scaling.zero_point for format in distinct.values()) else {}
     return {
         "quant_method": QUANT_METHOD,
-        "format": kind,
+        "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
+        "config_groups": groups,
         "ignore": sorted(ignore),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "version": _VERSION,
         **extra,
+    }
+
+
+def _group(format: Format, activations: Format | None, targets: list[str]) -> dict[str, Any]:
+    return {
+        "targets": targets,
+        "weights": _arguments(format, dynamic=False),
+        "input_activations": None if activations is None else _arguments(activations, dynamic=True),
+        "output_activations": None,
+        "format": layout(format, activations),
     }
 
 

@@ -5,7 +5,8 @@ sees the attention of the quantized q, k, v, down_proj sees the quantized gate a
 another partial forward of the calibration text.
 
 Linears that receive the same input share one Hessian and one factorisation: their rows are stacked, solved
-together and taken apart again. Rows do not influence each other, so this changes nothing but the time.
+together and taken apart again, those of one format each. Rows do not influence each other, so this changes
+nothing but the time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fewbits.calibration.collect import Original, Ref, collect_inputs, input_sta
 from fewbits.calibration.coverage import cover
 from fewbits.calibration.stats import Inputs, InputSum
 from fewbits.core.errors import Unsupported
-from fewbits.formats import Format, Quantized, Scheme
+from fewbits.formats import Format, Quantized
 from fewbits.metrics import sqnr_db
 from fewbits.metrics.error import relative_error as weight_error
 from fewbits.metrics.estimate import finite
@@ -48,7 +49,7 @@ def solve_block(
     shell: ModelShell,
     index: int,
     refs: Sequence[Ref],
-    scheme: Scheme,
+    formats: Mapping[str, Format],
     recipe: Recipe,
     hidden: Sequence[Tensor],
     reference: Sequence[Tensor] = (),
@@ -58,9 +59,9 @@ def solve_block(
 ) -> tuple[list[Layer], dict[str, Tensor]]:
     """Quantizes `refs` of block `index`, resident in `shell`; leaves the decoded weights in the block.
 
-    `hidden` are the calibration inputs of the block, `reference` the same text's in the original model. Recipes that
-    need no statistics see no text. experts: what is done for those that calibration hardly reached, of POLICIES in
-    calibration/coverage.py. Returns the layers, and other parameters of the block that changed.
+    `formats` are theirs by name; `hidden` the calibration inputs of the block, `reference` the same text's in the
+    original model. Recipes that need no statistics see no text. experts: what is done for those that calibration hardly
+    reached, of POLICIES in calibration/coverage.py. Returns the layers, and other parameters of the block that changed.
     """
     prefix, module = shell.blocks[index]
 
@@ -68,7 +69,7 @@ def solve_block(
         return shell.forward(index, batch)
 
     for ref in refs:  # before a NaN spreads to the inputs of every linear behind it
-        scheme.weights.check(ref.weight, f"{prefix}.{ref.name}.weight")
+        formats[ref.name].check(ref.weight, f"{prefix}.{ref.name}.weight")
     # One sequence is enough to see who shares an input, and nothing of it is kept.
     calibrated = bool(recipe.statistics)
     stages = input_stages(refs, lambda: forward(hidden[0])) if calibrated else [[ref] for ref in refs]
@@ -90,18 +91,21 @@ def solve_block(
     if recipe.transforms:
         found = collected(stages)
         for transform in recipe.transforms:
-            block = Block(name=prefix, module=module, topology=shell.topology, stages=found, format=scheme.weights)
+            block = Block(
+                name=prefix, module=module, topology=shell.topology, stages=found, format=formats[refs[0].name],
+                formats=formats,
+            )  # fmt: skip
             done = transform.apply(block)
             changed.update({name: module.get_parameter(name).detach() for name in done.changed})
             for name, lines in done.notes.items():
                 notes.setdefault(name, []).extend(lines)
         if not sequential:
-            return _solve_stages(found, index, shell, scheme, recipe, notes), changed
+            return _solve_stages(found, index, shell, formats, recipe, notes), changed
         if original is not None:
             kept.update(_copies(refs))
     layers: list[Layer] = []
     for wanted in [[stage] for stage in stages] if sequential else [stages]:
-        layers += _solve_stages(collected(wanted), index, shell, scheme, recipe, notes)
+        layers += _solve_stages(collected(wanted), index, shell, formats, recipe, notes)
     return layers, changed
 
 
@@ -143,16 +147,19 @@ def _solve_stages(
     stages: Sequence[Stage],
     index: int,
     shell: ModelShell,
-    scheme: Scheme,
+    formats: Mapping[str, Format],
     recipe: Recipe,
     notes: Mapping[str, list[str]],
 ) -> list[Layer]:
     layers = []
     for stage in stages:
         # Rows that are quantized each as if alone are solved together; other formats take a matrix at a time.
-        parts = [stage.refs] if scheme.weights.rowwise else [[ref] for ref in stage.refs]
-        for members in parts:
-            layers += _solve(members, stage.inputs, index, shell, scheme, recipe, notes)
+        parts: dict[str, list[Ref]] = {}
+        for ref in stage.refs:
+            format = formats[ref.name]
+            parts.setdefault(format.name if format.rowwise else ref.name, []).append(ref)
+        for members in parts.values():
+            layers += _solve(members, stage.inputs, index, shell, formats[members[0].name], recipe, notes)
     return layers
 
 
@@ -161,12 +168,11 @@ def _solve(
     inputs: Inputs,
     index: int,
     shell: ModelShell,
-    scheme: Scheme,
+    format: Format,
     recipe: Recipe,
     notes: Mapping[str, list[str]],
 ) -> list[Layer]:
     started = time.perf_counter()
-    format = scheme.weights
     prefix = shell.blocks[index][0]
     names = [f"{prefix}.{ref.name}.weight" for ref in members]
     weights = [ref.weight.to(torch.float32, copy=True) for ref in members]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fewbits.calibration import coverage
 from fewbits.checkpoints.base import read_json
 from fewbits.core.record import environment, now, versions, write_json
+from fewbits.planner.plan import summary
 
 if TYPE_CHECKING:
     from fewbits.pipeline.job import Job
@@ -75,10 +76,11 @@ def build(
         },
         "scheme": {
             "name": job.scheme.name,
-            "weights": job.scheme.weights.name,
+            "weights": job.scheme.weights.name if job.plan is None else ", ".join(job.plan.formats),
             "activations": job.scheme.activations and job.scheme.activations.name,
             "ignore": list(job.ignore),
             "dtype": str(job.dtype).removeprefix("torch."),
+            **({} if job.plan is None else {"plan": summary(job.plan)}),
         },
         "method": {**job.recipe.describe(), "sequential": job.sequential},
         "calibration": job.calibration and job.calibration.description,

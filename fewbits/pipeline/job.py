@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from fewbits.calibration.data import TextSpec, TokenSet, pack, read_texts
 from fewbits.checkpoints.base import Source
 from fewbits.checkpoints.source import open_source
 from fewbits.core.errors import BadInput, Unsupported, unknown
-from fewbits.formats import Scheme, parse_scheme
+from fewbits.formats import Format, Scheme, parse_format, parse_scheme
+from fewbits.planner.plan import Plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKPOINT_FORMATS = ("auto", "compressed-tensors", "native")
@@ -26,7 +28,10 @@ CHECKPOINT_FORMATS = ("auto", "compressed-tensors", "native")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Everything that decides the bytes of the output, checked before any work is done."""
+    """Everything that decides the bytes of the output, checked before any work is done.
+
+    plan: formats by layer; `scheme.weights` is then the one that most weights have.
+    """
 
     source: Source
     out: Path
@@ -43,6 +48,13 @@ class Job:
     experts: str
     input_hadamard: dict[str, tuple[int, ...]]  # module on disk -> orders of the transform of its input
     notes: tuple[str, ...]  # of steps that concern the whole model
+    plan: Plan | None = None
+
+    def weights(self, name: str) -> Format:
+        """The format of the linear called `name` in the model."""
+        if self.plan is None:
+            return self.scheme.weights
+        return parse_format(self.plan.layers[name]).with_scale_dtype(self.dtype)
 
     def fingerprint(self) -> dict[str, Any]:
         """JSON that two runs share exactly when they compute the same tensors."""
@@ -50,6 +62,7 @@ class Job:
             "journal": 1,
             "source": self.source.identity,
             "scheme": [self.scheme.weights.name, self.scheme.activations and self.scheme.activations.name],
+            **({} if self.plan is None else {"plan": self.plan.digest}),
             "method": [self.recipe.name, repr(self.recipe), self.sequential],
             "experts": self.experts,
             "ignore": list(self.ignore),
@@ -65,9 +78,11 @@ def prepare(
     out: Path, model: str | Path, scheme_name: str, group_size: int | None, method_name: str,
     options: dict[str, Any], text: TextSpec | TokenSet, samples: int | None, sequence_length: int | None, seed: int,
     ignore: tuple[str, ...], dtype_name: str | None, device_name: str | None, checkpoint_format: str,
-    eval_samples: int, sequential: bool, experts: str,
+    eval_samples: int, sequential: bool, experts: str, plan: Plan | None = None,
 ) -> Job:  # fmt: skip
-    scheme = parse_scheme(scheme_name, group_size)
+    scheme = parse_scheme(scheme_name, group_size) if plan is None else Scheme(
+        name="mixed", weights=parse_format(Counter(plan.layers.values()).most_common(1)[0][0])
+    )  # fmt: skip
     recipe = compose(method_name, options)
     if experts not in POLICIES:
         raise unknown("policy for experts that saw few tokens", experts, POLICIES)
@@ -75,7 +90,7 @@ def prepare(
         raise unknown("checkpoint format", checkpoint_format, CHECKPOINT_FORMATS)
     if dtype_name is not None and dtype_name not in DTYPES:
         raise unknown("dtype", dtype_name, DTYPES)
-    device = _device(device_name)
+    device = choose_device(device_name)
     for pattern in ignore:
         compiled(pattern)
     source = open_source(model)
@@ -83,30 +98,37 @@ def prepare(
     scheme = dataclasses.replace(scheme, weights=scheme.weights.with_scale_dtype(dtype))
     if "lm_head" not in ignore and "lm_head.weight" in source.tied():
         raise Unsupported("lm_head shares its tensor with the embeddings, which stay dense: keep --ignore lm_head")
-    tokenizer = source.load_tokenizer()
-    limit = source.config().get("max_position_embeddings")
-    length = min(512, limit or 512) if sequence_length is None else sequence_length
     tokens = None
     if recipe.statistics and isinstance(text, TokenSet):
         tokens = text
     elif recipe.statistics:
-        texts, described = read_texts(text)
-        tokens = pack(
-            texts, tokenizer, sequence_length=length, seed=seed, max_length=limit, description=described,
-            samples=_default_samples(source, length) if samples is None else samples,
-        )  # fmt: skip
+        tokens = calibration_tokens(source, text, samples, sequence_length, seed)
     probe = None
     if eval_samples:
         texts, described = read_texts(None, split="evaluation")
+        limit = source.config().get("max_position_embeddings")
         probe = pack(
-            texts, tokenizer, sequence_length=min(512, limit or 512), samples=None, at_most=eval_samples,
+            texts, source.load_tokenizer(), sequence_length=min(512, limit or 512), samples=None, at_most=eval_samples,
             description=described,
         )  # fmt: skip
     source, input_hadamard, notes = _rewritten(source, recipe, ignore)
     return Job(
         source=source, input_hadamard=input_hadamard, notes=notes, out=out.absolute(), scheme=scheme, recipe=recipe,
         sequential=sequential, ignore=ignore, dtype=dtype, device=device, checkpoint_format=checkpoint_format,
-        calibration=tokens, probe=probe, seed=seed, experts=experts,
+        calibration=tokens, probe=probe, seed=seed, experts=experts, plan=plan,
+    )  # fmt: skip
+
+
+def calibration_tokens(
+    source: Source, text: TextSpec, samples: int | None, sequence_length: int | None, seed: int
+) -> TokenSet:
+    """Windows of `text` for methods to learn from; None takes the defaults."""
+    limit = source.config().get("max_position_embeddings")
+    length = min(512, limit or 512) if sequence_length is None else sequence_length
+    texts, described = read_texts(text)
+    return pack(
+        texts, source.load_tokenizer(), sequence_length=length, seed=seed, max_length=limit, description=described,
+        samples=_default_samples(source, length) if samples is None else samples,
     )  # fmt: skip
 
 
@@ -131,7 +153,7 @@ def _default_samples(source: Source, sequence_length: int) -> int:
     return max(16, -(-4 * widest // sequence_length))
 
 
-def _device(name: str | None) -> torch.device:
+def choose_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -28,22 +28,27 @@ from fewbits.checkpoints import compressed_tensors, native
 from fewbits.core.errors import BadInput, FewbitsError, Unsupported
 from fewbits.core.progress import OnProgress, Progress
 from fewbits.core.units import bytes_text
+from fewbits.formats import Format
 from fewbits.models.walk import linears
 from fewbits.pipeline import certificate, output
 from fewbits.pipeline.block import Layer, quantized_activations, solve_block
 from fewbits.pipeline.job import Job, ignored, prepare
 from fewbits.pipeline.journal import Journal, Streams
 from fewbits.pipeline.measure import measure
+from fewbits.pipeline.planning import planned
 from fewbits.pipeline.shell import ModelShell, check_vocabulary, round_parameters
+from fewbits.planner.plan import Plan, read_plan
 
 _BATCH_TOKENS = 2048
 
 
 def quantize(
     model: str | Path,
-    scheme: str = "W4A16",
+    scheme: str | None = None,
     *,
     out: str | Path,
+    bits: float | None = None,
+    plan: Plan | str | Path | None = None,
     group_size: int | None = None,
     method: str | None = "gptq",
     method_options: dict[str, Any] | None = None,
@@ -63,7 +68,9 @@ def quantize(
 ) -> Path:
     """Quantizes `model` (directory, .gguf, hub id or "demo") to `scheme` and writes a checkpoint to `out`.
 
-    scheme: an ecosystem name (W4A16, FP8_DYNAMIC) or a format name (nf4-g64); `group_size` resizes its groups.
+    scheme: an ecosystem name (W4A16, the default, FP8_DYNAMIC) or a format name (nf4-g64); `group_size` resizes its
+    groups. In its place bits: an average that a plan is made for first (planning.py), its measurements kept in
+    `OUT.measurements.json` for other budgets; or plan: one made before (file, or `planning.plan`'s result).
     method: see ``fewbits list methods``; `method_options` are its fields (damping, act_order, ...).
     calibration: text file(s) or a list of strings, default the built-in text; cut into `samples` windows of
     `sequence_length` tokens, chosen by `seed`. Or the windows themselves, which settles those three.
@@ -76,12 +83,23 @@ def quantize(
     interrupted or failed run leaves `out` untouched and continues when repeated.
     """
     started = time.time()
-    job = prepare(
-        Path(out), model, scheme, group_size, method or "rtn", method_options or {}, calibration, samples,
-        sequence_length, seed, tuple(ignore), dtype, device, checkpoint_format, eval_samples, sequential,
-        experts,
-    )  # fmt: skip
     report = on_progress or (lambda _: None)
+    if sum(given is not None for given in (scheme, bits, plan)) > 1:
+        raise BadInput("of scheme, bits and plan give one: each of them decides the formats of the layers")
+    if plan is not None and group_size is not None:
+        raise BadInput(f"group size {group_size} given, but the plan decides the formats: leave it out")
+    if bits is not None:
+        plan = planned(
+            model, bits, out=Path(out), group_size=group_size, calibration=calibration, samples=samples,
+            sequence_length=sequence_length, seed=seed, ignore=ignore, dtype=dtype, device=device, on_progress=report,
+        )  # fmt: skip
+    elif plan is not None and not isinstance(plan, Plan):
+        plan = read_plan(Path(plan))
+    job = prepare(
+        Path(out), model, scheme or "W4A16", group_size, method or "rtn", method_options or {}, calibration, samples,
+        sequence_length, seed, tuple(ignore), dtype, device, checkpoint_format, eval_samples, sequential,
+        experts, plan,
+    )  # fmt: skip
     journal = Journal(job.out, job.fingerprint())
     if certificate.is_of(job.out, journal.fingerprint):
         report(Progress("done", 1, 1, f"{job.out} is already complete"))
@@ -123,7 +141,11 @@ def _run(job: Job, journal: Journal, report: OnProgress, started: float) -> None
     chosen = [_chosen(shell, index, job) for index in range(len(shell.blocks))]
     if not any(chosen):
         raise BadInput(f"nothing to quantize: every linear matches an ignore pattern ({', '.join(job.ignore)})")
-    kind = _checkpoint_kind(job, chosen)
+    if job.plan is not None:
+        names = [f"{prefix}.{ref.name}" for (prefix, _), refs in zip(shell.blocks, chosen, strict=True) for ref in refs]
+        job.plan.check(job.source.identity, names)
+    modules = _modules(job, shell, chosen)
+    kind = _checkpoint_kind(job, modules)
     for tokens in (job.calibration, job.probe):
         if tokens is not None:
             check_vocabulary(tokens.ids, shell.model.config)
@@ -151,38 +173,48 @@ def _run(job: Job, journal: Journal, report: OnProgress, started: float) -> None
             measure(job.recipe.name, job.out.name, job.source.path, job.probe, pairs, compute, job.device)
         )
     report(Progress("write", 0, 1, str(job.out)))
-    _assemble(job, journal, shell, kind, chosen, evaluations, started)
+    _assemble(job, journal, shell, kind, modules, evaluations, started)
     journal.publish()
     report(Progress("done", 1, 1, str(job.out)))
 
 
 def _chosen(shell: ModelShell, index: int, job: Job) -> list[Ref]:
     prefix, block = shell.blocks[index]
-    refs = [ref for ref in linears(block, shell.topology) if not ignored(f"{prefix}.{ref.name}", job.ignore)]
-    for ref in refs:
-        scaling = job.scheme.weights.scaling
-        size = scaling.group_size if scaling.block == "group" else None
-        if size is not None and size > ref.shape[1]:
-            raise BadInput(
-                f"{prefix}.{ref.name}: group size {size} is larger than its input dimension {ref.shape[1]}; "
-                "choose a smaller --group-size or ignore the layer"
-            )
-    return refs
+    return [ref for ref in linears(block, shell.topology) if not ignored(f"{prefix}.{ref.name}", job.ignore)]
 
 
-def _checkpoint_kind(job: Job, chosen: list[list[Ref]]) -> str:
-    reasons = {
-        compressed_tensors.refuses(job.scheme.weights, job.scheme.activations, ref.shape)
-        for refs in chosen
-        for ref in refs
-    } - {None}
+def _modules(job: Job, shell: ModelShell, chosen: list[list[Ref]]) -> dict[str, tuple[tuple[int, int], Format]]:
+    """Name in the checkpoint -> (shape, format) of every linear that is quantized."""
+    modules = {}
+    for (prefix, _), refs in zip(shell.blocks, chosen, strict=True):
+        for ref in refs:
+            format = job.weights(f"{prefix}.{ref.name}")
+            scaling = format.scaling
+            size = scaling.group_size if scaling.block == "group" else None
+            if size is not None and size > ref.shape[1]:
+                raise BadInput(
+                    f"{prefix}.{ref.name}: group size {size} is larger than its input dimension {ref.shape[1]}; "
+                    "choose a smaller --group-size or ignore the layer"
+                )
+            modules[f"{prefix}.{ref.disk_name}"] = ref.shape, format
+    return modules
+
+
+def _checkpoint_kind(job: Job, modules: dict[str, tuple[tuple[int, int], Format]]) -> str:
+    said = {
+        reason: format.name
+        for shape, format in modules.values()
+        if (reason := compressed_tensors.refuses(format, job.scheme.activations, shape))
+    }
     if job.input_hadamard:
-        reasons |= {"it has no entry for inputs that are transformed as the model runs"}
-    if job.checkpoint_format == "native" or (reasons and job.checkpoint_format == "auto"):
+        said["it has no entry for inputs that are transformed as the model runs"] = job.recipe.name
+    mixed = compressed_tensors.refuses_mix(format for _, format in modules.values())
+    if job.checkpoint_format == "native" or ((said or mixed) and job.checkpoint_format == "auto"):
         return native.QUANT_METHOD
-    if reasons:
+    if said:
+        reason = sorted(said)[0]
         raise Unsupported(
-            f"compressed-tensors cannot say {job.scheme.weights.name} for this model: {sorted(map(str, reasons))[0]}; "
+            f"compressed-tensors cannot say {said[reason]} for this model: {reason}; "
             "use the native checkpoint format, or another group size or method"
         )
     return compressed_tensors.QUANT_METHOD
@@ -235,8 +267,8 @@ def _do_block(
         round_parameters((p for p in block.parameters() if id(p) not in weights), job.dtype)
         with quantized_activations(refs, job.scheme.activations):
             layers, changed = solve_block(
-                shell, index, refs, job.scheme, job.recipe, streams["calibration"], reference,
-                sequential=job.sequential, experts=job.experts,
+                shell, index, refs, {ref.name: job.weights(f"{prefix}.{ref.name}") for ref in refs}, job.recipe,
+                streams["calibration"], reference, sequential=job.sequential, experts=job.experts,
             )  # fmt: skip
             round_parameters((block.get_parameter(name) for name in changed), job.dtype)
             if not last:
@@ -271,7 +303,7 @@ def _assemble(
     journal: Journal,
     shell: ModelShell,
     kind: str,
-    chosen: list[list[Ref]],
+    modules: dict[str, tuple[tuple[int, int], Format]],
     evaluations: list[dict[str, Any]],
     started: float,
 ) -> None:
@@ -279,11 +311,6 @@ def _assemble(
     if directory.exists():
         shutil.rmtree(directory)
     directory.mkdir()
-    modules = {
-        f"{prefix}.{ref.disk_name}": ref.shape
-        for (prefix, _), refs in zip(shell.blocks, chosen, strict=True)
-        for ref in refs
-    }
     present = set(job.source.names())
     absent = sorted(name for name in modules if f"{name}.weight" not in present)
     if absent:
@@ -306,14 +333,13 @@ def _assemble(
     size = output.write_shards(directory, items)
     if kind == compressed_tensors.QUANT_METHOD:
         ignore = _linear_names(shell) - set(modules)
-        config = compressed_tensors.quantization_config(job.scheme.weights, job.scheme.activations, ignore)
+        formats = {name: format for name, (_, format) in modules.items()}
+        config = compressed_tensors.quantization_config(formats, job.scheme.activations, ignore)
     else:
         config = native.quantization_config(
             {
-                name: native.module_entry(
-                    job.scheme.weights, job.scheme.activations, shape, job.input_hadamard.get(name)
-                )
-                for name, shape in modules.items()
+                name: native.module_entry(format, job.scheme.activations, shape, job.input_hadamard.get(name))
+                for name, (shape, format) in modules.items()
             }
         )
     output.write_config(directory, job.source, job.dtype, config)

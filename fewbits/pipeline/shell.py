@@ -146,6 +146,32 @@ class ModelShell:
             out = self.blocks[index][1](hidden.to(self.device), *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
+    def backward(self, index: int, hidden: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient of what enters block `index`, given that of what leaves it; hooks on its modules see both ways.
+
+        `hidden` [B, T, H] is what entered; the block runs again, so that nothing of the first pass need be kept.
+        """
+        args, kwargs = self._arguments[hidden.shape[0], hidden.shape[1]][index]
+        x = hidden.to(self.device).detach().requires_grad_()
+        with torch.enable_grad():
+            out = self.blocks[index][1](x, *args, **kwargs)
+        (found,) = torch.autograd.grad(out[0] if isinstance(out, tuple) else out, x, gradient.to(self.device))
+        return found
+
+    def sampled_gradient(self, ids: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        """d/d hidden of -log p(label) summed over positions, labels drawn from the predictions p themselves.
+
+        `hidden` [B, T, H] leaves the last block; its outer products are the Fisher information of the model there.
+        """
+        x = hidden.to(self.device).detach().requires_grad_()
+        with torch.enable_grad(), self._recording() as recorders:
+            recorders[-1].replacement = x
+            logits = self.model(ids.to(self.device), use_cache=False).logits.flatten(0, 1).float()
+            labels = torch.multinomial(logits.detach().softmax(dim=-1), 1, generator=generator)[:, 0]
+            loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        (found,) = torch.autograd.grad(loss, x)
+        return found
+
     @torch.no_grad()
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Logits [B, T, V] from the hidden states leaving the last block, by the model's own norm and head."""

@@ -1,0 +1,185 @@
+"""`plan`: what each format would cost each group of layers, measured in two passes, and the best choice of them.
+
+    forward    the calibration text through the original model, block by block; what enters each block is kept
+    head       labels drawn from the model's own predictions; the gradient of their negative log-likelihood
+    backward   the blocks from last to first: each runs again, its linears' inputs and gradients are summed up
+               (planner/sensitivity.py), every candidate is quantized, its cost noted, the gradient passed on
+
+One block in memory, and one hidden state per token and block: 16 windows of 512 tokens of an 8B model take 4 GB. The
+costs are written after every block, so a killed measurement runs both passes again but quantizes nothing twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.algorithms.base import WeightMethod
+from fewbits.algorithms.compose import compose
+from fewbits.calibration.data import TextSpec, TokenSet
+from fewbits.checkpoints.base import Source
+from fewbits.checkpoints.source import open_source
+from fewbits.core.errors import BadInput, unknown
+from fewbits.core.progress import OnProgress, Progress
+from fewbits.formats import Format
+from fewbits.models.walk import Ref, linears
+from fewbits.pipeline.job import DTYPES, calibration_tokens, choose_device, compiled, ignored
+from fewbits.pipeline.shell import ModelShell, check_vocabulary
+from fewbits.planner.candidates import Group, candidates, check_target, groups, why_not
+from fewbits.planner.measurements import Cost, Measurements, read_measurements
+from fewbits.planner.plan import Plan, make_plan
+from fewbits.planner.sensitivity import GroupSums, cost, watched
+
+_BATCH_TOKENS = 2048
+METHODS = ("gptq", "rtn")
+
+
+def plan(
+    model: str | Path,
+    bits: float,
+    *,
+    formats: Sequence[str] = (),
+    group_size: int | None = None,
+    target: str = "any",
+    measurements: str | Path | None = None,
+    method: str = "gptq",
+    method_options: dict[str, Any] | None = None,
+    calibration: TextSpec = None,
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    ignore: Sequence[str] = ("lm_head",),
+    dtype: str | None = None,
+    device: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> Plan:
+    """The format of every layer of `model` that loses least at `bits` per weight on average, scales included.
+
+    formats: names to choose from; default: integers of 2, 3, 4, 5, 6 and 8 bits under groups of `group_size` (64).
+    target: who must be able to run it (`planner.candidates.TARGETS`). measurements: file that keeps what was measured,
+    for other budgets to reuse. method: how codes are chosen while measuring, gptq or rtn.
+    The rest as for `quantize`. Raises BadInput before any work for arguments that make no sense.
+    """
+    check_target(target)
+    recipe = compose(method, method_options)
+    if recipe.name not in METHODS:
+        raise unknown("method to measure a plan with", recipe.name, METHODS)
+    if dtype is not None and dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    for pattern in ignore:
+        compiled(pattern)
+    place = choose_device(device)
+    source = open_source(model)
+    stored = DTYPES[dtype] if dtype else source.dtype
+    found = candidates(formats, group_size, stored, target)
+    tokens = calibration_tokens(source, calibration, samples, sequence_length, seed)
+    settings = {
+        "source": source.identity,
+        "method": repr(recipe.weights),
+        "text": tokens.sha256,
+        "seed": seed,
+        "dtype": str(stored).removeprefix("torch."),
+        "ignore": list(ignore),
+    }
+    path = None if measurements is None else Path(measurements)
+    known = Measurements(settings=settings) if path is None else read_measurements(path, settings)
+    measure(source, known, found, recipe.weights, tokens, target, place, path, on_progress or (lambda _: None))
+    return make_plan(known, found, bits, target=target, device=place, model=source.path)
+
+
+def planned(model: str | Path, bits: float, *, out: Path, **options: Any) -> Plan:
+    """The plan that `quantize` to `out` at `bits` follows, its measurements kept beside `out`."""
+    return plan(model, bits, measurements=out.with_name(f"{out.name}.measurements.json"), **options)
+
+
+def measure(
+    source: Source,
+    known: Measurements,
+    formats: Sequence[Format],
+    method: WeightMethod,
+    tokens: TokenSet,
+    target: str,
+    device: torch.device,
+    path: Path | None,
+    report: OnProgress,
+) -> None:
+    """Adds to `known` what it lacks of `formats`, writing it to `path` after every block."""
+    shell = ModelShell(source, device, torch.float32 if device.type == "cpu" else source.dtype)
+    check_vocabulary(tokens.ids, shell.model.config)
+    chosen = [_chosen(shell, index, known.settings["ignore"]) for index in range(len(shell.blocks))]
+    if not any(chosen):
+        raise BadInput(f"nothing to plan: every linear matches an ignore pattern ({known.settings['ignore']})")
+    wanted = [
+        {
+            group.name: [format for format in formats if format.name in names]
+            for group, _ in block
+            if (names := _measurable(known, group, formats, target, device))
+        }
+        for block in chosen
+    ]
+    first = next((index for index, lacking in enumerate(wanted) if lacking), None)
+    known.groups = {group.name: group for block in chosen for group, _ in block}
+    for name in known.groups:
+        known.costs.setdefault(name, {})
+    if first is None:
+        return
+    batches = list(tokens.ids.split(max(1, _BATCH_TOKENS // tokens.ids.shape[1])))
+    entering, gradients = _forward(shell, batches, known.settings["seed"], report)
+    for index in range(len(shell.blocks) - 1, first - 1, -1):
+        prefix, block = shell.blocks[index]
+        with shell.resident(prefix, block):
+            sums = {group.name: GroupSums(refs=refs) for group, refs in chosen[index] if group.name in wanted[index]}
+            with watched(list(sums.values())):
+                for position, gradient in enumerate(gradients):
+                    gradients[position] = shell.backward(index, entering[index][position], gradient)
+            entering.pop()
+            for group, refs in chosen[index]:
+                if group.name in sums:
+                    found = sums.pop(group.name).sensitivity(group.name)
+                    for format in wanted[index][group.name]:
+                        loss, error = cost(refs, format, method, found, group.name)
+                        known.add(group, format.name, Cost(bits=group.bits(format), loss=loss, error=error))
+        if path is not None:
+            known.write(path)
+        report(Progress("measure", len(shell.blocks) - index, len(shell.blocks) - first, f"block {index}"))
+
+
+def _chosen(shell: ModelShell, index: int, ignore: Sequence[str]) -> list[tuple[Group, list[Ref]]]:
+    prefix, block = shell.blocks[index]
+    refs = [ref for ref in linears(block, shell.topology) if not ignored(f"{prefix}.{ref.name}", ignore)]
+    return groups(prefix, index, refs, shell.topology)
+
+
+def _measurable(
+    known: Measurements, group: Group, formats: Sequence[Format], target: str, device: torch.device
+) -> set[str]:
+    """The names of `formats` that `group` can have and that have not been measured on it."""
+    possible = [format.name for format in formats if why_not(format, group, target, device) is None]
+    return set(known.lacking(group, possible))
+
+
+def _forward(
+    shell: ModelShell, batches: Sequence[Tensor], seed: int, report: OnProgress
+) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """What enters each block, by block and batch, and the gradients of what leaves the last."""
+    total = len(shell.blocks)
+    with shell.resident_outside(head=False):
+        entering = [shell.embed(batches)]
+    for index, (prefix, block) in enumerate(shell.blocks):
+        with shell.resident(prefix, block):
+            entering.append([shell.forward(index, hidden) for hidden in entering[-1]])
+        report(Progress("forward", index + 1, total, "original"))
+    generator = torch.Generator(device=shell.device).manual_seed(seed)
+    gradients = []
+    with shell.resident_outside(head=True):
+        for ids, hidden in zip(batches, entering.pop(), strict=True):
+            rows = [
+                shell.sampled_gradient(ids[row : row + 1], hidden[row : row + 1], generator) for row in range(len(ids))
+            ]
+            gradients.append(torch.cat(rows))
+            report(Progress("head", len(gradients), len(batches), "gradients"))
+    return entering, gradients
