@@ -14,6 +14,7 @@ from fewbits.cli.evaluate import evaluate
 from fewbits.cli.generate import generate
 from fewbits.cli.inspect import inspect
 from fewbits.cli.listing import listing
+from fewbits.cli.plan import plan
 from fewbits.cli.quantize import quantize
 from fewbits.cli.report import report
 from fewbits.cli.study import app as study
@@ -29,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("inspect")(inspect)
+app.command("plan")(plan)
 app.command("quantize")(quantize)
 app.command("eval")(evaluate)
 app.command("report")(report)

@@ -21,7 +21,17 @@ FORMATS = ("auto", "compressed-tensors", "native")
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, .gguf file, hub id, or 'demo'.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory to write; a killed run resumes there.")],
-    scheme: Annotated[str, typer.Option(help="Scheme (W4A16, FP8_DYNAMIC, …) or format name.")] = "W4A16",
+    scheme: Annotated[
+        str | None, typer.Option(help="Scheme (W4A16, FP8_DYNAMIC, …) or format name. Default: W4A16.")
+    ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(help="In place of a scheme: bits per weight on average, best spread over the layers."),
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="In place of a scheme: a plan that `fewbits plan` wrote.")] = None,
+    measurements: Annotated[
+        Path | None, typer.Option(help="With --bits: what formats cost layers, read and added to.", show_default=False)
+    ] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale.")] = None,
     method: Annotated[
         str, typer.Option(help="Steps, joined by commas (awq,gptq,refine): see `fewbits list methods`.")
@@ -79,6 +89,9 @@ def quantize(
             model,
             scheme,
             out=out,
+            bits=bits,
+            plan=plan,
+            measurements=measurements,
             group_size=group_size,
             method=method,
             method_options=options,

@@ -91,11 +91,6 @@ def plan(
     return make_plan(known, found, bits, target=target, device=place, model=source.path)
 
 
-def planned(model: str | Path, bits: float, *, out: Path, **options: Any) -> Plan:
-    """The plan that `quantize` to `out` at `bits` follows, its measurements kept beside `out`."""
-    return plan(model, bits, measurements=out.with_name(f"{out.name}.measurements.json"), **options)
-
-
 def measure(
     source: Source,
     known: Measurements,

@@ -35,7 +35,7 @@ from fewbits.pipeline.block import Layer, quantized_activations, solve_block
 from fewbits.pipeline.job import Job, ignored, prepare
 from fewbits.pipeline.journal import Journal, Streams
 from fewbits.pipeline.measure import measure
-from fewbits.pipeline.planning import planned
+from fewbits.pipeline.planning import plan as make_plan
 from fewbits.pipeline.shell import ModelShell, check_vocabulary, round_parameters
 from fewbits.planner.plan import Plan, read_plan
 
@@ -49,6 +49,7 @@ def quantize(
     out: str | Path,
     bits: float | None = None,
     plan: Plan | str | Path | None = None,
+    measurements: str | Path | None = None,
     group_size: int | None = None,
     method: str | None = "gptq",
     method_options: dict[str, Any] | None = None,
@@ -69,8 +70,8 @@ def quantize(
     """Quantizes `model` (directory, .gguf, hub id or "demo") to `scheme` and writes a checkpoint to `out`.
 
     scheme: an ecosystem name (W4A16, the default, FP8_DYNAMIC) or a format name (nf4-g64); `group_size` resizes its
-    groups. In its place bits: an average that a plan is made for first (planning.py), its measurements kept in
-    `OUT.measurements.json` for other budgets; or plan: one made before (file, or `planning.plan`'s result).
+    groups. In its place bits: an average that a plan is made for first (planning.py), its measurements kept in the file
+    `measurements` (OUT.measurements.json) for other budgets; or plan: one made before (file, or `planning.plan`'s).
     method: see ``fewbits list methods``; `method_options` are its fields (damping, act_order, ...).
     calibration: text file(s) or a list of strings, default the built-in text; cut into `samples` windows of
     `sequence_length` tokens, chosen by `seed`. Or the windows themselves, which settles those three.
@@ -86,12 +87,15 @@ def quantize(
     report = on_progress or (lambda _: None)
     if sum(given is not None for given in (scheme, bits, plan)) > 1:
         raise BadInput("of scheme, bits and plan give one: each of them decides the formats of the layers")
+    if measurements is not None and bits is None:
+        raise BadInput(f"measurements '{measurements}' are used where a plan is made: give bits too, or leave them out")
     if plan is not None and group_size is not None:
         raise BadInput(f"group size {group_size} given, but the plan decides the formats: leave it out")
     if bits is not None:
-        plan = planned(
-            model, bits, out=Path(out), group_size=group_size, calibration=calibration, samples=samples,
-            sequence_length=sequence_length, seed=seed, ignore=ignore, dtype=dtype, device=device, on_progress=report,
+        plan = make_plan(
+            model, bits, measurements=measurements or Path(f"{out}.measurements.json"), group_size=group_size,
+            calibration=calibration, samples=samples, sequence_length=sequence_length, seed=seed, ignore=ignore,
+            dtype=dtype, device=device, on_progress=report,
         )  # fmt: skip
     elif plan is not None and not isinstance(plan, Plan):
         plan = read_plan(Path(plan))

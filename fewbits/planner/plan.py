@@ -123,6 +123,7 @@ def make_plan(
             "bits": option.bits / group.weights,
             "loss": option.loss,
             "error": measured.costs[group.name][option.format].error,
+            "losses": {other.format: other.loss for other in menu},
             "why": reason(menu, option, going),
             "refused": refused[group.name],
         }

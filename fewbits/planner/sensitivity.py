@@ -113,7 +113,7 @@ def watched(groups: Sequence[GroupSums]) -> Iterator[None]:
             for position, ref in enumerate(sums.refs):
                 if isinstance(ref, ExpertRef):
                     raise Unsupported(
-                        f"{ref.name}: plans are not made for fused experts; ignore them with --ignore 're:.*experts.*', "
+                        f"{ref.name}: plans are not made for fused experts; ignore them (--ignore 're:.*experts.*'), "
                         "or quantize to one scheme"
                     )
                 handles.append(ref.module.register_forward_hook(hook(sums, position, seen)))
