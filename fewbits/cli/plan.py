@@ -96,7 +96,10 @@ def _draw(raw: dict[str, Any], out: Path) -> None:
 
 def tell(raw: dict[str, Any]) -> None:
     """The plan in two tables on standard output."""
-    print_table(("group", "format", "bits", "loss, nats", "output error", "why"), _rows(raw["groups"]))
+    heads = ("group", "format", "bits", "loss, nats", "output error", "fewer bits add", "more bits save")
+    print_table(heads, _rows(raw["groups"]))
+    if raw["price"]:
+        print(f"(times: against {1e6 * raw['price']:.2g} nats per million bits, which the next bits save at best)")
     for group in raw["groups"]:
         for format, why in group["refused"].items():
             print(f"not for {group['name']}: {format}, {why}")
@@ -119,10 +122,17 @@ def _rows(groups: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
             f"{group['bits']:.3f}",
             f"{group['loss']:.2e}",
             f"{100 * group['error']:.3g} %",
-            group["why"],
+            _step(group["down"]),
+            _step(group["up"]),
         )
         for group in groups
     ]
+
+
+def _step(step: dict[str, Any] | None) -> str:
+    if step is None:
+        return "-"
+    return f"{step['nats']:.1e}" + ("" if step["price"] is None else f" ({step['price']:.2g} times)")
 
 
 def _formats(raw: dict[str, Any]) -> list[tuple[str, ...]]:

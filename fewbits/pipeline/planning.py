@@ -11,7 +11,7 @@ costs are written after every block, so a killed measurement runs both passes ag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from torch import Tensor
 from fewbits.algorithms.base import WeightMethod
 from fewbits.algorithms.compose import compose
 from fewbits.calibration.data import TextSpec, TokenSet
-from fewbits.checkpoints.base import Source
 from fewbits.checkpoints.source import open_source
 from fewbits.core.errors import BadInput, unknown
 from fewbits.core.progress import OnProgress, Progress
@@ -29,9 +28,9 @@ from fewbits.formats import Format
 from fewbits.models.walk import Ref, linears
 from fewbits.pipeline.job import DTYPES, calibration_tokens, choose_device, compiled, ignored
 from fewbits.pipeline.shell import ModelShell, check_vocabulary
-from fewbits.planner.candidates import Group, candidates, check_target, groups, why_not
+from fewbits.planner.candidates import Group, candidates, check_target, groups
 from fewbits.planner.measurements import Cost, Measurements, read_measurements
-from fewbits.planner.plan import Plan, make_plan
+from fewbits.planner.plan import Plan, check_budget, make_plan
 from fewbits.planner.sensitivity import GroupSums, cost, watched
 
 _BATCH_TOKENS = 2048
@@ -87,57 +86,49 @@ def plan(
     }
     path = None if measurements is None else Path(measurements)
     known = Measurements(settings=settings) if path is None else read_measurements(path, settings)
-    measure(source, known, found, recipe.weights, tokens, target, place, path, on_progress or (lambda _: None))
+    shell = ModelShell(source, place, torch.float32 if place.type == "cpu" else source.dtype)
+    check_vocabulary(tokens.ids, shell.model.config)
+    chosen = [_chosen(shell, index, ignore) for index in range(len(shell.blocks))]
+    every = [group for block in chosen for group, _ in block]
+    if not every:
+        raise BadInput(f"nothing to plan: every linear matches an ignore pattern ({', '.join(ignore)})")
+    refused = check_budget(every, found, bits, target=target, device=place)
+    lacking = {
+        group.name: [f for f in found if f.name not in refused[group.name] and f.name not in known.of(group)]
+        for group in every
+    }
+    if any(lacking.values()):
+        measure(shell, chosen, lacking, known, recipe.weights, tokens, path, on_progress or (lambda _: None))
     return make_plan(known, found, bits, target=target, device=place, model=source.path)
 
 
 def measure(
-    source: Source,
+    shell: ModelShell,
+    chosen: Sequence[list[tuple[Group, list[Ref]]]],
+    lacking: Mapping[str, list[Format]],
     known: Measurements,
-    formats: Sequence[Format],
     method: WeightMethod,
     tokens: TokenSet,
-    target: str,
-    device: torch.device,
     path: Path | None,
     report: OnProgress,
 ) -> None:
-    """Adds to `known` what it lacks of `formats`, writing it to `path` after every block."""
-    shell = ModelShell(source, device, torch.float32 if device.type == "cpu" else source.dtype)
-    check_vocabulary(tokens.ids, shell.model.config)
-    chosen = [_chosen(shell, index, known.settings["ignore"]) for index in range(len(shell.blocks))]
-    if not any(chosen):
-        raise BadInput(f"nothing to plan: every linear matches an ignore pattern ({known.settings['ignore']})")
-    wanted = [
-        {
-            group.name: [format for format in formats if format.name in names]
-            for group, _ in block
-            if (names := _measurable(known, group, formats, target, device))
-        }
-        for block in chosen
-    ]
-    first = next((index for index, lacking in enumerate(wanted) if lacking), None)
-    known.groups = {group.name: group for block in chosen for group, _ in block}
-    for name in known.groups:
-        known.costs.setdefault(name, {})
-    if first is None:
-        return
+    """Adds to `known` the costs of the formats that each group is `lacking`, writing it to `path` after every block."""
+    wanted = [[(group, refs) for group, refs in block if lacking[group.name]] for block in chosen]
+    first = next(index for index, block in enumerate(wanted) if block)
     batches = list(tokens.ids.split(max(1, _BATCH_TOKENS // tokens.ids.shape[1])))
     entering, gradients = _forward(shell, batches, known.settings["seed"], report)
     for index in range(len(shell.blocks) - 1, first - 1, -1):
         prefix, block = shell.blocks[index]
         with shell.resident(prefix, block):
-            sums = {group.name: GroupSums(refs=refs) for group, refs in chosen[index] if group.name in wanted[index]}
+            sums = {group.name: GroupSums(refs=refs) for group, refs in wanted[index]}
             with watched(list(sums.values())):
-                for position, gradient in enumerate(gradients):
-                    gradients[position] = shell.backward(index, entering[index][position], gradient)
-            entering.pop()
-            for group, refs in chosen[index]:
-                if group.name in sums:
-                    found = sums.pop(group.name).sensitivity(group.name)
-                    for format in wanted[index][group.name]:
-                        loss, error = cost(refs, format, method, found, group.name)
-                        known.add(group, format.name, Cost(bits=group.bits(format), loss=loss, error=error))
+                for position, hidden in enumerate(entering.pop()):
+                    gradients[position] = shell.backward(index, hidden, gradients[position])
+            for group, refs in wanted[index]:
+                found = sums.pop(group.name).sensitivity(group.name)
+                for format in lacking[group.name]:
+                    loss, error = cost(refs, format, method, found, group.name)
+                    known.add(group, format.name, Cost(bits=group.bits(format), loss=loss, error=error))
         if path is not None:
             known.write(path)
         report(Progress("measure", len(shell.blocks) - index, len(shell.blocks) - first, f"block {index}"))
@@ -147,14 +138,6 @@ def _chosen(shell: ModelShell, index: int, ignore: Sequence[str]) -> list[tuple[
     prefix, block = shell.blocks[index]
     refs = [ref for ref in linears(block, shell.topology) if not ignored(f"{prefix}.{ref.name}", ignore)]
     return groups(prefix, index, refs, shell.topology)
-
-
-def _measurable(
-    known: Measurements, group: Group, formats: Sequence[Format], target: str, device: torch.device
-) -> set[str]:
-    """The names of `formats` that `group` can have and that have not been measured on it."""
-    possible = [format.name for format in formats if why_not(format, group, target, device) is None]
-    return set(known.lacking(group, possible))
 
 
 def _forward(

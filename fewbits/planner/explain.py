@@ -7,7 +7,8 @@ less. So a group's format is explained by two ratios.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fewbits.planner.allocate import Option, useful
 
@@ -23,24 +24,28 @@ def price(menus: Sequence[Sequence[Option]], chosen: Sequence[Option]) -> float 
     return max(rates, default=None)
 
 
-def reason(menu: Sequence[Option], chosen: Option, going: float | None) -> str:
-    """A sentence on `chosen`, one of `menu`, at the price `going`."""
+def steps(menu: Sequence[Option], chosen: Option, going: float | None) -> dict[str, Any]:
+    """JSON: {"down": ..., "up": ...}, the neighbours of `chosen` in `menu`, each None or
+
+    {"format": ..., "nats": what the step adds (down) or saves (up), "price": that per bit, in units of `going`}.
+    """
     options = useful(menu)
-    if len(options) == 1:
-        return "the only format it can have" if len(menu) == 1 else "no other loses less"
     place = options.index(chosen)
+    found: dict[str, Any] = {"down": None, "up": None}
+    for way, index in (("down", place - 1), ("up", place + 1)):
+        if 0 <= index < len(options):
+            option = options[index]
+            nats = abs(option.loss - chosen.loss)
+            rate = nats / abs(option.bits - chosen.bits)
+            found[way] = {"format": option.format, "nats": nats, "price": rate / going if going else None}
+    return found
+
+
+def sentence(group: Mapping[str, Any]) -> str:
+    """Why a group of a plan has its format, in words."""
     said = []
-    if place:
-        said.append(_step("down", options[place - 1], chosen, going))
-    if place + 1 < len(options):
-        said.append(_step("up", options[place + 1], chosen, going))
-    return "; ".join(said)
-
-
-def _step(way: str, option: Option, chosen: Option, going: float | None) -> str:
-    change = abs(option.loss - chosen.loss)
-    verb = "adds" if way == "down" else "saves"
-    text = f"{option.format} {verb} {change:.2g} nats"
-    if not going:
-        return text
-    return f"{text}, {change / abs(option.bits - chosen.bits) / going:.2g} times the price of the bits"
+    for way, verb in (("down", "would add"), ("up", "would save")):
+        if step := group[way]:
+            times = "" if step["price"] is None else f", {step['price']:.2g} times the price of the bits"
+            said.append(f"{step['format']} {verb} {step['nats']:.2g} nats{times}")
+    return "; ".join(said) or "no other format loses less"

@@ -14,7 +14,6 @@ lacks are measured and added. The file is written after every block, so that a k
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,10 +49,9 @@ class Measurements:
         self.groups[group.name] = group
         self.costs.setdefault(group.name, {})[format] = cost
 
-    def lacking(self, group: Group, formats: Iterable[str]) -> list[str]:
-        """Those of `formats` that have not been measured on `group`."""
-        known = self.costs.get(group.name, {})
-        return [name for name in formats if name not in known]
+    def of(self, group: Group) -> dict[str, Cost]:
+        """What has been measured of `group`, by format."""
+        return self.costs.get(group.name, {})
 
     def write(self, path: Path) -> None:
         write_json(path, {

@@ -25,7 +25,7 @@ from fewbits.core.record import environment, write_json
 from fewbits.formats import Format, parse_format
 from fewbits.planner.allocate import Option, allocate
 from fewbits.planner.candidates import Group, why_not
-from fewbits.planner.explain import price, reason
+from fewbits.planner.explain import price, sentence, steps
 from fewbits.planner.measurements import Measurements, checked
 
 KIND, VERSION = "fewbits plan", 1
@@ -92,6 +92,33 @@ def read_plan(path: Path) -> Plan:
     return Plan(source=source, layers=dict(layers), raw=raw)
 
 
+def check_budget(
+    groups: Sequence[Group], formats: Sequence[Format], bits: float, *, target: str, device: torch.device
+) -> dict[str, dict[str, str]]:
+    """Group -> format -> why it cannot have it. BadInput where a group can have none, or all together need more than
+    `bits` per weight."""
+    if not (math.isfinite(bits) and LEAST_BITS <= bits <= MOST_BITS):
+        raise BadInput(f"{bits:g} bits per weight; an average from 2 to 8 is useful")
+    refused, least = {}, 0
+    for group in groups:
+        reasons = {format.name: why_not(format, group, target, device) for format in formats}
+        refused[group.name] = {name: why for name, why in reasons.items() if why is not None}
+        if len(refused[group.name]) == len(formats):
+            name, why = next(iter(refused[group.name].items()))
+            raise BadInput(
+                f"{group.name} can have none of the formats for target {target!r} ({name}: {why}); "
+                "name others with --format, or ignore the layer"
+            )
+        least += min(group.bits(format) for format in formats if format.name not in refused[group.name])
+    average = least / sum(group.weights for group in groups)
+    if average > bits:
+        raise BadInput(
+            f"{bits:g} bits per weight: these formats take {average:.3f} at the least, scales included; "
+            "ask for more bits, or for larger groups (--group-size 128) or smaller formats (--format)"
+        )
+    return refused
+
+
 def make_plan(
     measured: Measurements, formats: Sequence[Format], bits: float, *, target: str, device: torch.device, model: str
 ) -> Plan:
@@ -99,21 +126,13 @@ def make_plan(
 
     Raises BadInput where that is below what the formats can do.
     """
-    if not (math.isfinite(bits) and LEAST_BITS <= bits <= MOST_BITS):
-        raise BadInput(f"{bits:g} bits per weight; an average from 2 to 8 is useful")
-    groups = list(measured.groups.values())
-    refused = {group.name: _refused(group, formats, target, device) for group in groups}
-    menus = [_menu(measured, group, formats, refused[group.name], target) for group in groups]
+    groups = sorted(measured.groups.values(), key=lambda group: group.block)
+    refused = check_budget(groups, formats, bits, target=target, device=device)
+    menus = [_menu(measured, group, formats, refused[group.name]) for group in groups]
     total = sum(group.weights for group in groups)
-    least = sum(min(option.bits for option in menu) for menu in menus) / total
-    if least > bits:
-        raise BadInput(
-            f"{bits:g} bits per weight: these formats take {least:.3f} at the least, scales included; "
-            f"ask for more bits, or for larger groups (--group-size 128) or smaller formats (--format)"
-        )
     found = allocate(menus, math.floor(bits * total + 1e-6))
     going = price(menus, found.chosen)
-    entries = [
+    entries: list[dict[str, Any]] = [
         {
             "name": group.name,
             "block": group.block,
@@ -124,11 +143,13 @@ def make_plan(
             "loss": option.loss,
             "error": measured.costs[group.name][option.format].error,
             "losses": {other.format: other.loss for other in menu},
-            "why": reason(menu, option, going),
+            **steps(menu, option, going),
             "refused": refused[group.name],
         }
         for group, menu, option in zip(groups, menus, found.chosen, strict=True)
     ]
+    for entry in entries:
+        entry["why"] = sentence(entry)
     chosen = zip(groups, found.chosen, strict=True)
     layers = {member: option.format for group, option in chosen for member in group.members}
     raw = {
@@ -152,24 +173,10 @@ def make_plan(
     return Plan(source=measured.settings["source"], layers=layers, raw=raw)
 
 
-def _refused(group: Group, formats: Sequence[Format], target: str, device: torch.device) -> dict[str, str]:
-    reasons = {format.name: why_not(format, group, target, device) for format in formats}
-    return {name: why for name, why in reasons.items() if why is not None}
-
-
-def _menu(
-    measured: Measurements, group: Group, formats: Sequence[Format], refused: dict[str, str], target: str
-) -> list[Option]:
+def _menu(measured: Measurements, group: Group, formats: Sequence[Format], refused: dict[str, str]) -> list[Option]:
     costs = measured.costs[group.name]
-    menu = [
+    return [
         Option(format=format.name, bits=costs[format.name].bits, loss=costs[format.name].loss)
         for format in formats
         if format.name not in refused
     ]
-    if not menu:
-        name, why = next(iter(refused.items()))
-        raise BadInput(
-            f"{group.name} can have none of the formats for target {target!r} ({name}: {why}); "
-            "name others with --format, or ignore the layer"
-        )
-    return menu
