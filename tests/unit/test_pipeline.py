@@ -454,5 +454,5 @@ def test_the_fingerprint_names_all_that_decides_the_bytes() -> None:
     # `seed` acts through the token windows, whose hash is in the fingerprint.
     assert described == {
         "source", "scheme", "recipe", "sequential", "ignore", "dtype", "device",
-        "checkpoint_format", "calibration", "probe", "experts",
+        "checkpoint_format", "calibration", "probe", "experts", "plan",
     }  # fmt: skip
