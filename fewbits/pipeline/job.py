@@ -98,11 +98,7 @@ def prepare(
     scheme = dataclasses.replace(scheme, weights=scheme.weights.with_scale_dtype(dtype))
     if "lm_head" not in ignore and "lm_head.weight" in source.tied():
         raise Unsupported("lm_head shares its tensor with the embeddings, which stay dense: keep --ignore lm_head")
-    tokens = None
-    if recipe.statistics and isinstance(text, TokenSet):
-        tokens = text
-    elif recipe.statistics:
-        tokens = calibration_tokens(source, text, samples, sequence_length, seed)
+    tokens = calibration_tokens(source, text, samples, sequence_length, seed) if recipe.statistics else None
     probe = None
     if eval_samples:
         texts, described = read_texts(None, split="evaluation")
@@ -120,9 +116,11 @@ def prepare(
 
 
 def calibration_tokens(
-    source: Source, text: TextSpec, samples: int | None, sequence_length: int | None, seed: int
+    source: Source, text: TextSpec | TokenSet, samples: int | None, sequence_length: int | None, seed: int
 ) -> TokenSet:
     """Windows of `text` for methods to learn from; None takes the defaults."""
+    if isinstance(text, TokenSet):
+        return text
     limit = source.config().get("max_position_embeddings")
     length = min(512, limit or 512) if sequence_length is None else sequence_length
     texts, described = read_texts(text)

@@ -25,13 +25,13 @@ from fewbits.checkpoints.source import open_source
 from fewbits.core.errors import BadInput, unknown
 from fewbits.core.progress import OnProgress, Progress
 from fewbits.formats import Format
-from fewbits.models.walk import Ref, linears
+from fewbits.models.walk import ExpertRef, Ref, linears
 from fewbits.pipeline.job import DTYPES, calibration_tokens, choose_device, compiled, ignored
 from fewbits.pipeline.shell import ModelShell, check_vocabulary
 from fewbits.planner.candidates import Group, candidates, check_target, groups
 from fewbits.planner.measurements import Cost, Measurements, read_measurements
 from fewbits.planner.plan import Plan, check_budget, make_plan
-from fewbits.planner.sensitivity import GroupSums, cost, watched
+from fewbits.planner.sensitivity import Sums, cost, parts, watched
 
 _BATCH_TOKENS = 2048
 METHODS = ("gptq", "rtn")
@@ -47,7 +47,7 @@ def plan(
     measurements: str | Path | None = None,
     method: str = "gptq",
     method_options: dict[str, Any] | None = None,
-    calibration: TextSpec = None,
+    calibration: TextSpec | TokenSet = None,
     samples: int | None = None,
     sequence_length: int | None = None,
     seed: int = 0,
@@ -115,19 +115,22 @@ def measure(
     """Adds to `known` the costs of the formats that each group is `lacking`, writing it to `path` after every block."""
     wanted = [[(group, refs) for group, refs in block if lacking[group.name]] for block in chosen]
     first = next(index for index, block in enumerate(wanted) if block)
-    batches = list(tokens.ids.split(max(1, _BATCH_TOKENS // tokens.ids.shape[1])))
+    # The gradient of a fused parameter is a window's own only where it is alone in its batch.
+    experts = any(isinstance(ref, ExpertRef) for block in wanted for _, refs in block for ref in refs)
+    batches = list(tokens.ids.split(1 if experts else max(1, _BATCH_TOKENS // tokens.ids.shape[1])))
     entering, gradients = _forward(shell, batches, known.settings["seed"], report)
     for index in range(len(shell.blocks) - 1, first - 1, -1):
         prefix, block = shell.blocks[index]
         with shell.resident(prefix, block):
-            sums = {group.name: GroupSums(refs=refs) for group, refs in wanted[index]}
-            with watched(list(sums.values())):
+            sums = {group.name: [Sums(refs=part) for part in parts(refs)] for group, refs in wanted[index]}
+            with watched([each for inside in sums.values() for each in inside]) as (fused, take):
                 for position, hidden in enumerate(entering.pop()):
-                    gradients[position] = shell.backward(index, hidden, gradients[position])
-            for group, refs in wanted[index]:
-                found = sums.pop(group.name).sensitivity(group.name)
+                    gradients[position], others = shell.backward(index, hidden, gradients[position], fused)
+                    take(others, hidden.shape[1])
+            for group, _ in wanted[index]:
+                found = [each.sensitivity(group.name) for each in sums.pop(group.name)]
                 for format in lacking[group.name]:
-                    loss, error = cost(refs, format, method, found, group.name)
+                    loss, error = cost(found, format, method, group.name)
                     known.add(group, format.name, Cost(bits=group.bits(format), loss=loss, error=error))
         if path is not None:
             known.write(path)

@@ -146,17 +146,21 @@ class ModelShell:
             out = self.blocks[index][1](hidden.to(self.device), *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def backward(self, index: int, hidden: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient of what enters block `index`, given that of what leaves it; hooks on its modules see both ways.
+    def backward(
+        self, index: int, hidden: Tensor, gradient: Tensor, parameters: Sequence[nn.Parameter] = ()
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The gradients of what enters block `index` and of `parameters`, given that of what leaves it.
 
-        `hidden` [B, T, H] is what entered; the block runs again, so that nothing of the first pass need be kept.
+        `hidden` [B, T, H] is what entered; the block runs again, so that nothing of the first pass need be kept. Hooks
+        on its modules see both ways.
         """
         args, kwargs = self._arguments[hidden.shape[0], hidden.shape[1]][index]
         x = hidden.to(self.device).detach().requires_grad_()
         with torch.enable_grad():
             out = self.blocks[index][1](x, *args, **kwargs)
-        (found,) = torch.autograd.grad(out[0] if isinstance(out, tuple) else out, x, gradient.to(self.device))
-        return found
+        out = out[0] if isinstance(out, tuple) else out
+        found, *others = torch.autograd.grad(out, [x, *parameters], gradient.to(self.device))
+        return found, tuple(others)
 
     def sampled_gradient(self, ids: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
         """d/d hidden of -log p(label) summed over positions, labels drawn from the predictions p themselves.

@@ -1,7 +1,8 @@
 """The formats a plan chooses from, the layers that must agree, and what rules a format out.
 
 Linears that read one input are one product in a fast runtime: vLLM, SGLang and TensorRT-LLM fuse q, k, v and gate, up,
-and a fused product has one format. So they are one *group*, chosen together. A group may also be denied a format:
+and a fused product has one format. The experts of a block run in one grouped kernel. So each of these is one *group*,
+chosen together. A group may also be denied a format:
 
 | target | a format must |
 |---|---|
@@ -26,7 +27,7 @@ from fewbits.core.errors import BadInput, unknown
 from fewbits.formats import Format, parse_format
 from fewbits.kernels import KERNELS, LinearSpec, choose
 from fewbits.models.topology import Topology
-from fewbits.models.walk import input_groups
+from fewbits.models.walk import ExpertRef, input_groups
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZE = 64
@@ -76,9 +77,16 @@ def candidates(
 def groups(prefix: str, block: int, refs: Sequence[Ref], topology: Topology | None) -> list[tuple[Group, list[Ref]]]:
     """The linears `refs` of the block called `prefix`, in groups that must agree, each with its refs."""
     found = []
-    for members in input_groups(list(refs), topology):
-        kinds = tuple(ref.kind for ref in members)
+    owners: dict[int, list[Ref]] = {}
+    for ref in refs:
+        if isinstance(ref, ExpertRef):
+            owners.setdefault(id(ref.owner), []).append(ref)
+    linears = [ref for ref in refs if not isinstance(ref, ExpertRef)]
+    for members in [*input_groups(linears, topology), *owners.values()]:
+        kinds = tuple(dict.fromkeys(ref.kind for ref in members))
         parent = members[0].name.rpartition(".")[0]
+        if isinstance(members[0], ExpertRef):
+            parent = parent.rpartition(".")[0]  # without the expert's number
         name = ".".join(part for part in (prefix, parent, "+".join(kinds)) if part)
         shapes = {f"{prefix}.{ref.name}": ref.shape for ref in members}
         found.append((Group(name=name, block=block, kinds=kinds, members=shapes), members))

@@ -16,7 +16,7 @@ from tiny_runtime_models import byte_tokenizer, tiny_llama
 
 from fewbits.checkpoints import compressed_tensors
 from fewbits.checkpoints.source import open_source
-from fewbits.core.errors import BadInput, Unsupported
+from fewbits.core.errors import BadInput
 from fewbits.core.progress import Progress
 from fewbits.formats import parse_format
 from fewbits.pipeline.job import calibration_tokens
@@ -346,15 +346,44 @@ def test_a_mix_that_transformers_would_misread_is_named() -> None:
     assert compressed_tensors.refuses_mix([parse_format("int4-g32"), parse_format("int8-channel")]) is None
 
 
-def test_fused_experts_are_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_fused_experts_are_one_group(tmp_path: Path) -> None:
+    """Measured through the gradients of the fused parameters; predicted against the loss of changing them."""
+    from fewbits.runtime.load import load
+
     model = tiny_llama(
-        layers=1, model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+        layers=2, model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
         decoder_sparse_step=1, mlp_only_layers=[],
     )  # fmt: skip
-    model.save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(Unsupported, match="--ignore"):
-        plan(tmp_path, 5.0, method="rtn", **SMALL)
+    model.save_pretrained(tmp_path / "m")
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    found = plan(tmp_path / "m", 5.0, method="rtn", measurements=tmp_path / "x.json", **SMALL)
+    experts = [group for group in found.raw["groups"] if "down_proj" in group["kinds"]]
+    assert [group["name"] for group in experts] == [
+        f"model.layers.{block}.mlp.experts.gate_proj+up_proj+down_proj" for block in range(2)
+    ]
+    assert (
+        len({found.layers[f"model.layers.0.mlp.experts.{e}.{p}_proj"] for e in range(4) for p in ("up", "down")}) == 1
+    )
+
+    loaded, _ = load(tmp_path / "m")
+    ids = calibration_tokens(open_source(tmp_path / "m"), None, SMALL["samples"], SMALL["sequence_length"], 0).ids
+    format = parse_format("int4-asym-g32")
+    for group in experts:
+        owner = loaded.get_submodule(group["name"].rpartition(".")[0])
+        with torch.no_grad():
+            before = loaded(ids).logits.log_softmax(-1)
+            kept = {name: value.clone() for name, value in owner.named_parameters()}
+            for parameter in owner.parameters():
+                for matrix in parameter:
+                    matrix.copy_(format.quantize(matrix).dequantize())
+            lost = float((before.exp() * (before - loaded(ids).logits.log_softmax(-1))).sum(-1).mean())
+            for name, value in kept.items():
+                owner.get_parameter(name).copy_(value)
+        assert 0.6 < group["losses"]["int4-asym-g32"] / lost < 1.6
+
+    out = quantize(tmp_path / "m", plan=found, out=tmp_path / "q", method="rtn", eval_samples=0)
+    layers = json.loads((out / "certificate.json").read_text())["layers"]
+    assert {layer["name"]: layer["format"] for layer in layers} == found.layers
 
 
 # ---- the command
