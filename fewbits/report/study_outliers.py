@@ -86,7 +86,7 @@ def _curve(results: Results) -> Part:
         title="Keeping dimensions in 16 bits",
         lead="Error left, as a share of that of rounding everything, mean over the inputs behind the norms. The worst "
         "dimensions were chosen on other text. The grey band is one standard deviation over random choices; marks "
-        "stand for the outlier features.",
+        f"stand for the outlier features. {_on_error(results)}",
         draw=lambda canvas, wide: figures.curve(canvas, wide, results),
         heights=(4.0, 7.8),
         description="Error left against the number of dimensions kept exact, worst and random, per token and tensor",
@@ -100,7 +100,7 @@ def _first_token(results: Results) -> Part:
         lead="What INT8 takes from all tokens but the first of a window, as a share of their own energy: with one "
         "scale for the window, with the first token kept in 16 bits and out of the scale, and with one scale per "
         "token. Where the first two lines part, one token sets the scale for all; at 100 % the others are rounded to "
-        "zero.",
+        f"zero. {_on_first(results)}",
         draw=lambda canvas, wide: figures.first_token(canvas, wide, results),
         heights=(4.0, 11.0),
         description="INT8 error by block for four kinds of inputs, with and without the first token in the scale",
@@ -119,7 +119,7 @@ def _removal(results: Results) -> Part:
         title="Does the model need them?",
         lead="Perplexity over that of the model as it is. Dimensions are zeroed in the inputs of attention and MLP; "
         "massive activations are replaced where they emerge. Error bars: one standard error, over windows or, for "
-        f"random choices, over {len(results['removal']['runs']['random'].get('draws', [0]))} draws.{stand_in}",
+        f"random choices, over draws. The first choice is the mean probability of the likeliest token.{stand_in}",
         draw=lambda canvas, wide: figures.removal(canvas, wide, results),
         heights=(_height(results), _height(results) + 0.9),
         description="Perplexity with dimensions or massive activations removed, against random ones",
@@ -135,7 +135,7 @@ def _height(results: Results) -> float:
 
 
 def _verdict(results: Results) -> str:
-    said = (part(results) for part in (_on_features, _on_massive, _on_first, _on_error, _on_removal))
+    said = (part(results) for part in (_on_features, _on_massive, _on_removal))
     return " ".join(sentence for sentence in said if sentence)
 
 
@@ -289,9 +289,7 @@ def _removal_table(results: Results) -> str:
                 percent(run["top"]["mean"]),
             ]
         )
-    return table(
-        ["Removed", "Dimensions", "Perplexity", "Ratio", "Probability of the first choice"], rows, numbers_from=2
-    )
+    return table(["Removed", "Dimensions", "Perplexity", "Ratio", "First choice"], rows, numbers_from=2)
 
 
 def _pm(value: Mapping[str, Any]) -> str:
@@ -330,7 +328,7 @@ def _massive_table(found: list[Mapping[str, Any]]) -> str:
         [
             str(entry["dimension"]),
             esc("first of the window" if entry["token"] is None else repr(entry["text"])),
-            f"{min(entry['blocks']) + 1} to {max(entry['blocks']) + 1}",
+            " to ".join(dict.fromkeys(str(end(entry["blocks"]) + 1) for end in (min, max))),
             str(entry["windows"]),
             f"{entry['value']:,.0f}".replace("-", MINUS),
             f"{entry['ratio']:,.0f}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,10 +34,10 @@ def name_of(key: str, run: Mapping[str, Any]) -> str:
 
 
 def amount(value: float, like: float | None = None) -> str:
-    """1.0771 -> '1.077', 21.67 -> '21.7', 90486 -> '90,000', 3.2e8 -> '3.2e+08'; as many digits as `like` gets."""
+    """1.0771 -> '1.077', 21.67 -> '21.7', 90486 -> '90,000', 1.5e6 -> '1.5 million'; as many digits as `like` gets."""
     size = value if like is None else like
     if size >= 1e6:
-        return f"{value:.1e}"
+        return f"{value / 1e6:,.1f} million"
     if size >= 1000:
         return f"{float(f'{value:.2g}'):,.0f}"
     return f"{value:.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1.2 else 3}f}"
@@ -107,6 +108,7 @@ def _bar(canvas: Any, mesh: Any, axes: Any, label: str, format: Any = None) -> N
         bar.ax.xaxis.set_major_formatter(_plain())
     bar.set_label(label)
     bar.outline.set_visible(False)
+    bar.solids.set_edgecolor("face")  # no hairlines between the shades
 
 
 def channels(canvas: Any, wide: bool, results: Results) -> None:
@@ -265,7 +267,11 @@ def removal(canvas: Any, wide: bool, results: Results) -> None:
     axis.set_xscale("log")
     top = max(ratio["mean"] + (ratio["stderr"] or 0.0) for ratio in ratios)
     axis.set_xlim(floor, max(top, 1.5) ** (1.25 if wide else 1.6) * 1.2)
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top < 100 else (1,)))
+    decades = max(int(math.log10(top)), 0)
+    if decades < 2:
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    else:
+        axis.set_xticks([10.0**power for power in range(0, decades + 1, 1 if wide else max(1, decades // 2))])
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlabel("perplexity, times the model's own")
