@@ -12,5 +12,6 @@ METHODS = Registry(
         "hqq": "fewbits.algorithms.hqq:HQQ",
         "rtn": "fewbits.algorithms.rtn:RTN",
         "refine": "fewbits.algorithms.refine:Refine",
+        "learned": "fewbits.algorithms.learned:LearnedRounding",
     },
 )

@@ -8,12 +8,15 @@
 | transform | changes a block so that it computes the same and quantizes better | `apply(block)` |
 | weights | turns a weight into codes; exactly one, `rtn` if none is named | `solve(weight, format, inputs, name)` |
 | refine | improves codes and scales that are there | `refine(solved, weight, inputs, name)` |
+| learn | improves those of a whole block at once, against the block's output | `learn(lesson)` |
 
 Each step is a frozen dataclass of options that says in `statistics` what calibration must collect; calibration
 collects the union once. The objective every calibrated step is judged by is the layer's output error over the
 calibration tokens,
 
     ||X (W - Q)^T||^2  =  n/2 * tr(dW H dW^T),     H = (2/n) sum x x^T.
+
+Only a step that learns looks further, to what the block as a whole puts out.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from fewbits.core.errors import BadInput, FewbitsError
 from fewbits.formats import Format, Quantized
 from fewbits.models.topology import Topology
 
-ROLES = ("rewrite", "transform", "weights", "refine")
+ROLES = ("rewrite", "transform", "weights", "refine", "learn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +133,52 @@ class Transform(Step, Protocol):
     """Changes the parameters of a block in place so that it computes the same function."""
 
     def apply(self, block: Block) -> Transformed: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pupil:
+    """A linear of a block being learned: `weight` [out, in] float32 before it was quantized, its codes so far, and what
+    is known of its inputs."""
+
+    ref: Ref
+    weight: Tensor
+    quantized: Quantized
+    inputs: Inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """A block with the codes the other steps found, and what it should put out.
+
+    forward: the block on hidden states [B, T, H], B as `Learner.sequences` says; gradients reach the parameters.
+    inputs: sequences [T, H] as they arrive here behind quantized blocks; targets: what the original block makes of
+    the same text behind original blocks.
+    """
+
+    name: str
+    pupils: Sequence[Pupil]
+    forward: Callable[[Tensor], Tensor]
+    inputs: Sequence[Tensor]
+    targets: Sequence[Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """quantized: of each pupil, in order. before, after: the loss on sequences that were not trained on."""
+
+    quantized: Sequence[Quantized]
+    before: float
+    after: float
+
+
+class Learner(Step, Protocol):
+    """Improves the codes of all linears of a block together; never makes the held loss worse."""
+
+    def sequences(self, samples: int, length: int) -> int:
+        """How many of `samples` sequences of `length` tokens go through the block at a time."""
+        ...
+
+    def learn(self, lesson: Lesson) -> Learned: ...
 
 
 def need_hessian(inputs: Inputs, method: str, name: str) -> Tensor:

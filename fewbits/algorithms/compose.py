@@ -1,8 +1,8 @@
 """Compositions: `--method awq,gptq,refine` as one recipe of steps.
 
 Steps run in the order of their roles whatever the order they are named in: rewrites, transforms (as named), the one
-method that makes codes (`rtn` if none is named), refinements (as named). An option goes to every step that has a
-field of that name; `gptq.damping` goes to that step alone.
+method that makes codes (`rtn` if none is named), refinements and learners (as named). An option goes to every step that
+has a field of that name; `gptq.damping` goes to that step alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewbits.algorithms import METHODS
-from fewbits.algorithms.base import ROLES, Refinement, Rewrite, Step, Transform, WeightMethod
+from fewbits.algorithms.base import ROLES, Learner, Refinement, Rewrite, Step, Transform, WeightMethod
 from fewbits.core.errors import BadInput, unknown
 
 
@@ -26,6 +26,7 @@ class Recipe:
     transforms: tuple[Transform, ...]
     weights: WeightMethod
     refinements: tuple[Refinement, ...]
+    learners: tuple[Learner, ...] = ()
 
     @property
     def name(self) -> str:
@@ -34,7 +35,8 @@ class Recipe:
     @property
     def steps(self) -> dict[str, Step]:
         """name -> step, in the order they are taken."""
-        return dict(zip(self.names, (*self.rewrites, *self.transforms, self.weights, *self.refinements), strict=True))
+        taken = (*self.rewrites, *self.transforms, self.weights, *self.refinements, *self.learners)
+        return dict(zip(self.names, taken, strict=True))
 
     @property
     def statistics(self) -> frozenset[str]:
@@ -72,6 +74,7 @@ def compose(names: str | Iterable[str], options: Mapping[str, Any] | None = None
         transforms=of("transform"),
         weights=made[solvers[0]],
         refinements=of("refine"),
+        learners=of("learn"),
     )
 
 

@@ -10,6 +10,8 @@ original model are known too (x', what x would be had nothing been quantized bef
 says how far the inputs have drifted, in the directions that this layer can still correct. Products are taken in
 float32 per batch and accumulated in float64: one sink token of magnitude 26,000 would otherwise drown the
 contribution of thousands of ordinary ones.
+
+`reference` is no sum: a step that asks for it compares whole blocks, and the text runs through the original model too.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from fewbits.core.errors import FewbitsError
 
-STATISTICS = ("hessian", "cross", "mean_abs")
+STATISTICS = ("hessian", "cross", "mean_abs", "reference")
 
 
 @dataclass(frozen=True, kw_only=True)

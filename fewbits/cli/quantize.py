@@ -34,7 +34,7 @@ def quantize(
     ] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale.")] = None,
     method: Annotated[
-        str, typer.Option(help="Steps, joined by commas (awq,gptq,refine): see `fewbits list methods`.")
+        str, typer.Option(help="Steps, joined by commas (awq,gptq,learned): see `fewbits list methods`.")
     ] = "gptq",
     option: Annotated[
         list[str] | None,

@@ -43,6 +43,18 @@ class LinearRef:
         return self.module.weight.detach()
 
     @property
+    def holder(self) -> nn.Parameter:
+        """The parameter that is the weight."""
+        found = self.module.weight
+        assert isinstance(found, nn.Parameter)
+        return found
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The gradient of the weight [out, in], where there is one."""
+        return self.module.weight.grad
+
+    @property
     def bias(self) -> Tensor | None:
         return None if self.module.bias is None else self.module.bias.detach()
 
@@ -75,7 +87,19 @@ class ExpertRef:
     @property
     def weight(self) -> Tensor:
         """The [out, in] view of the slice, sharing memory with the fused parameter."""
-        return self.slice_of(getattr(self.owner, self.parameter).detach())
+        return self.slice_of(self.holder.detach())
+
+    @property
+    def holder(self) -> nn.Parameter:
+        """The parameter that the weight is a slice of."""
+        found = getattr(self.owner, self.parameter)
+        assert isinstance(found, nn.Parameter)
+        return found
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The gradient of the weight [out, in], where there is one."""
+        return None if self.holder.grad is None else self.slice_of(self.holder.grad)
 
     def slice_of(self, fused: Tensor) -> Tensor:
         """This matrix's [out, in] view of a tensor laid out as the fused parameter is."""

@@ -7,20 +7,23 @@ another partial forward of the calibration text.
 Linears that receive the same input share one Hessian and one factorisation: their rows are stacked, solved
 together and taken apart again, those of one format each. Rows do not influence each other, so this changes
 nothing but the time.
+
+A recipe that learns does so once all linears of the block have codes, and only then are they recorded.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fewbits.algorithms.base import Block, Stage
+from fewbits.algorithms.base import Block, Learned, Lesson, Pupil, Solved, Stage, proxy_loss
 from fewbits.algorithms.compose import Recipe
 from fewbits.calibration.collect import Original, Ref, collect_inputs, input_stages
 from fewbits.calibration.coverage import cover
@@ -53,15 +56,17 @@ def solve_block(
     recipe: Recipe,
     hidden: Sequence[Tensor],
     reference: Sequence[Tensor] = (),
+    targets: Sequence[Tensor] = (),
     *,
     sequential: bool,
     experts: str = "borrow",
 ) -> tuple[list[Layer], dict[str, Tensor]]:
     """Quantizes `refs` of block `index`, resident in `shell`; leaves the decoded weights in the block.
 
-    `formats` are theirs by name; `hidden` the calibration inputs of the block, `reference` the same text's in the
-    original model. Recipes that need no statistics see no text. experts: what is done for those that calibration hardly
-    reached, of POLICIES in calibration/coverage.py. Returns the layers, and other parameters of the block that changed.
+    `formats` are theirs by name; `hidden` the calibration inputs of the block, `reference` and `targets` the same
+    text's inputs and outputs in the original model. Recipes that need no statistics see no text. experts: what is done
+    for those that calibration hardly reached, of POLICIES in calibration/coverage.py. Returns the layers, and other
+    parameters of the block that changed.
     """
     prefix, module = shell.blocks[index]
 
@@ -88,6 +93,7 @@ def solve_block(
 
     changed: dict[str, Tensor] = {}
     notes: dict[str, list[str]] = {}
+    planned: Iterable[Sequence[Stage]] = map(collected, [[stage] for stage in stages] if sequential else [stages])
     if recipe.transforms:
         found = collected(stages)
         for transform in recipe.transforms:
@@ -100,13 +106,22 @@ def solve_block(
             for name, lines in done.notes.items():
                 notes.setdefault(name, []).extend(lines)
         if not sequential:
-            return _solve_stages(found, index, shell, formats, recipe, notes), changed
-        if original is not None:
+            planned = [found]
+        elif original is not None:
             kept.update(_copies(refs))
-    layers: list[Layer] = []
-    for wanted in [[stage] for stage in stages] if sequential else [stages]:
-        layers += _solve_stages(collected(wanted), index, shell, formats, recipe, notes)
-    return layers, changed
+    parts: Iterable[_Part] = (part for found in planned for part in _solve_stages(found, prefix, formats, recipe))
+    for learner in recipe.learners if refs else ():
+        started = time.perf_counter()
+        parts = list(parts)
+        lesson = Lesson(
+            name=prefix,
+            pupils=[part.pupil for part in parts],
+            forward=lambda batch: shell.forward(index, batch, grad=torch.is_grad_enabled()),
+            inputs=[sequence for batch in hidden for sequence in batch],
+            targets=[sequence for batch in targets for sequence in batch],
+        )
+        parts = _learned(parts, learner.learn(lesson), time.perf_counter() - started)
+    return [_layer(part, index, prefix, notes) for part in parts], changed
 
 
 def _copies(refs: Sequence[Ref]) -> dict[str, Tensor]:
@@ -143,15 +158,20 @@ def _sharing(refs: Sequence[Ref], sums: Mapping[str, InputSum]) -> list[list[Ref
     return list(groups.values())
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A linear with its solution: `pupil` holds its weight as it was and its codes. learned: loss before and after."""
+
+    pupil: Pupil
+    solved: Solved
+    calibrated: bool
+    seconds: float
+    learned: tuple[float, float] | None = None
+
+
 def _solve_stages(
-    stages: Sequence[Stage],
-    index: int,
-    shell: ModelShell,
-    formats: Mapping[str, Format],
-    recipe: Recipe,
-    notes: Mapping[str, list[str]],
-) -> list[Layer]:
-    layers = []
+    stages: Sequence[Stage], prefix: str, formats: Mapping[str, Format], recipe: Recipe
+) -> Iterator[_Part]:
     for stage in stages:
         # Rows that are quantized each as if alone are solved together; other formats take a matrix at a time.
         parts: dict[str, list[Ref]] = {}
@@ -159,73 +179,98 @@ def _solve_stages(
             format = formats[ref.name]
             parts.setdefault(format.name if format.rowwise else ref.name, []).append(ref)
         for members in parts.values():
-            layers += _solve(members, stage.inputs, index, shell, formats[members[0].name], recipe, notes)
-    return layers
+            yield from _solve(members, stage.inputs, prefix, formats[members[0].name], recipe)
 
 
-def _solve(
-    members: Sequence[Ref],
-    inputs: Inputs,
-    index: int,
-    shell: ModelShell,
-    format: Format,
-    recipe: Recipe,
-    notes: Mapping[str, list[str]],
-) -> list[Layer]:
+def _solve(members: Sequence[Ref], inputs: Inputs, prefix: str, format: Format, recipe: Recipe) -> list[_Part]:
+    """The members' codes; their decoded values are in the block afterwards."""
     started = time.perf_counter()
-    prefix = shell.blocks[index][0]
-    names = [f"{prefix}.{ref.name}.weight" for ref in members]
+    name = f"{prefix}.{members[0].name}.weight"
     weights = [ref.weight.to(torch.float32, copy=True) for ref in members]
-    solved = recipe.weights.solve(torch.cat(weights), format, inputs, names[0])
+    solved = recipe.weights.solve(torch.cat(weights), format, inputs, name)
     for refinement in recipe.refinements:
-        solved = refinement.refine(solved, torch.cat(weights), inputs, names[0])
+        solved = refinement.refine(solved, torch.cat(weights), inputs, name)
     seconds = (time.perf_counter() - started) / len(members)
-    layers, start = [], 0
+    parts, start = [], 0
     for ref, weight in zip(members, weights, strict=True):
-        part = _rows(solved.quantized, start, len(weight))
+        own = _rows(solved, start, len(weight))
         start += len(weight)
-        decoded = part.dequantize()
-        ref.write(decoded)
-        record = {
-            "name": f"{prefix}.{ref.name}",
-            "kind": ref.kind,
-            "block": index,
-            "shape": list(part.shape),
-            "format": format.name,
-            "bits": format.bits_per_weight(part.shape),
-            "parameters": weight.numel(),
-            "tokens": inputs.tokens if recipe.statistics else None,
-            "expert": ref.index if isinstance(ref, ExpertRef) else None,
-            "weight_sqnr_db": finite(sqnr_db(weight, decoded)),
-            "relative_error": weight_error(weight, decoded),
-            "rtn_relative_error": None,
-            "error_of": "weights",
-            "seconds": seconds,
-            "notes": [*notes.get(ref.name, ()), *solved.notes],
-            "distribution": _distribution(weight, part),
-        }
-        if solved.loss is not None and solved.rtn_loss is not None and solved.zero_loss is not None:
-            rows = slice(start - len(weight), start)
-            total_loss = float(solved.zero_loss[rows].sum())
-            if total_loss > 0:
-                record["error_of"] = "outputs"
-                record["relative_error"] = float(solved.loss[rows].sum()) / total_loss
-                record["rtn_relative_error"] = float(solved.rtn_loss[rows].sum()) / total_loss
-        layers.append(Layer(disk_name=f"{prefix}.{ref.disk_name}", weight=part, record=record))
-    return layers
+        ref.write(own.quantized.dequantize())
+        pupil = Pupil(ref=ref, weight=weight, quantized=own.quantized, inputs=inputs)
+        calibrated = bool(recipe.statistics)
+        parts.append(_Part(pupil=pupil, solved=own, calibrated=calibrated, seconds=seconds))
+    return parts
 
 
-def _rows(whole: Quantized, start: int, count: int) -> Quantized:
-    if count == len(whole.codes):
+def _learned(parts: Sequence[_Part], lesson: Learned, seconds: float) -> list[_Part]:
+    """`parts` with what was learned in place of their codes, in the block too."""
+    found = []
+    for part, quantized in zip(parts, lesson.quantized, strict=True):
+        decoded = quantized.dequantize()
+        part.pupil.ref.write(decoded)
+        loss = part.solved.loss
+        if loss is not None and part.pupil.inputs.hessian is not None:
+            loss = proxy_loss(part.pupil.weight - decoded, part.pupil.inputs.hessian)
+        solved = dataclasses.replace(part.solved, quantized=quantized, loss=loss)
+        found.append(
+            dataclasses.replace(
+                part,
+                pupil=dataclasses.replace(part.pupil, quantized=quantized),
+                solved=solved,
+                seconds=part.seconds + seconds / len(parts),
+                learned=(lesson.before, lesson.after),
+            )
+        )
+    return found
+
+
+def _layer(part: _Part, index: int, prefix: str, notes: Mapping[str, list[str]]) -> Layer:
+    ref, weight, solved = part.pupil.ref, part.pupil.weight, part.solved
+    quantized = solved.quantized
+    decoded = quantized.dequantize()
+    record = {
+        "name": f"{prefix}.{ref.name}",
+        "kind": ref.kind,
+        "block": index,
+        "shape": list(quantized.shape),
+        "format": quantized.format.name,
+        "bits": quantized.format.bits_per_weight(quantized.shape),
+        "parameters": weight.numel(),
+        "tokens": part.pupil.inputs.tokens if part.calibrated else None,
+        "expert": ref.index if isinstance(ref, ExpertRef) else None,
+        "weight_sqnr_db": finite(sqnr_db(weight, decoded)),
+        "relative_error": weight_error(weight, decoded),
+        "rtn_relative_error": None,
+        "error_of": "weights",
+        "seconds": part.seconds,
+        "notes": [*notes.get(ref.name, ()), *solved.notes],
+        "distribution": _distribution(weight, quantized),
+    }
+    if solved.loss is not None and solved.rtn_loss is not None and solved.zero_loss is not None:
+        total_loss = float(solved.zero_loss.sum())
+        if total_loss > 0:
+            record["error_of"] = "outputs"
+            record["relative_error"] = float(solved.loss.sum()) / total_loss
+            record["rtn_relative_error"] = float(solved.rtn_loss.sum()) / total_loss
+    if part.learned is not None:
+        record["block_loss"] = dict(zip(("before", "after"), map(finite, part.learned), strict=True))
+    return Layer(disk_name=f"{prefix}.{ref.disk_name}", weight=quantized, record=record)
+
+
+def _rows(whole: Solved, start: int, count: int) -> Solved:
+    """The solution of `count` rows from `start`, of weights that were solved stacked."""
+    stacked = whole.quantized
+    if count == len(stacked.codes):
         return whole
-    rows = slice(start, start + count)
-    zero = None if whole.zero is None else whole.zero[rows].contiguous()
-    return Quantized(
-        format=whole.format,
-        codes=whole.codes[rows].contiguous(),
-        scale=whole.scale[rows].contiguous(),
-        zero=zero,
+
+    def part(rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else rows[start : start + count].contiguous()
+
+    quantized = dataclasses.replace(
+        stacked, codes=part(stacked.codes), scale=part(stacked.scale), zero=part(stacked.zero)
     )
+    losses = {name: part(getattr(whole, name)) for name in ("loss", "rtn_loss", "zero_loss")}
+    return dataclasses.replace(whole, quantized=quantized, **losses)
 
 
 def _distribution(weight: Tensor, part: Quantized) -> dict[str, Any]:
@@ -253,8 +298,11 @@ def quantized_activations(refs: Sequence[Ref], format: Format | None) -> Iterato
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = args[0]
-        rounded = format.quantize(x.reshape(-1, x.shape[-1]).float(), "activations").dequantize()
-        return (rounded.reshape(x.shape).to(x.dtype), *args[1:])
+        flat = x.detach().reshape(-1, x.shape[-1]).float()
+        rounded = format.quantize(flat, "activations").dequantize().reshape(x.shape).to(x.dtype)
+        if x.requires_grad:  # the gradient passes the rounding as if it were not there
+            rounded = x + (rounded - x).detach()
+        return (rounded, *args[1:])
 
     try:
         for ref in refs:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,7 @@ def _run(job: Job, journal: Journal, report: OnProgress, started: float) -> None
     report(Progress("quantize", done, total, f"resumed after block {done}" if done else "embedding the text"))
     streams = _embed(job, shell)
     if done:
-        streams = journal.streams(done - 1)
+        streams |= journal.streams(done - 1)  # a journal does not say that a stream is empty
     for index in range(done, total):
         layers, changed = _do_block(job, shell, index, chosen[index], streams)
         tensors = {name: tensor for layer in layers for name, tensor in _encoded(layer, job, kind).items()}
@@ -246,9 +246,13 @@ def _embed(job: Job, shell: ModelShell) -> Streams:
     with shell.resident_outside(head=False, round_to=job.dtype):
         streams["quantized"] = shell.embed(_batches(job.probe))
         streams["calibration"] = shell.embed(_batches(job.calibration))
-    if "cross" in job.recipe.statistics:
+    if job.recipe.statistics & {"cross", "reference"}:
         with shell.resident_outside(head=False):
             streams["reference"] = shell.embed(_batches(job.calibration))
+            for learner in job.recipe.learners:  # it takes as many sequences at a time as it likes
+                assert job.calibration is not None
+                ids = job.calibration.ids
+                shell.embed([ids[: learner.sequences(*ids.shape)]])
     return streams
 
 
@@ -265,26 +269,22 @@ def _do_block(
     with shell.resident(prefix, block):
         streams["original"] = advanced("original")
         reference = streams.get("reference", [])
-        if reference and not last:
-            streams["reference"] = advanced("reference")
-        weights = {id(parameter) for parameter in _weights(refs)}
+        targets = advanced("reference") if reference else []
+        weights = {id(ref.holder) for ref in refs}
         round_parameters((p for p in block.parameters() if id(p) not in weights), job.dtype)
         with quantized_activations(refs, job.scheme.activations):
             layers, changed = solve_block(
                 shell, index, refs, {ref.name: job.weights(f"{prefix}.{ref.name}") for ref in refs}, job.recipe,
-                streams["calibration"], reference, sequential=job.sequential, experts=job.experts,
+                streams["calibration"], reference, targets, sequential=job.sequential, experts=job.experts,
             )  # fmt: skip
             round_parameters((block.get_parameter(name) for name in changed), job.dtype)
             if not last:
                 streams["calibration"] = advanced("calibration")
+                if targets:
+                    streams["reference"] = targets
             streams["quantized"] = advanced("quantized")
     disk = shell.topology.disk_name if shell.topology else (lambda name: name)
     return layers, {f"{prefix}.{disk(f'.{name}.').strip('.')}": t.to(job.dtype) for name, t in changed.items()}
-
-
-def _weights(refs: Iterable[Ref]) -> Iterator[torch.nn.Parameter]:
-    for ref in refs:
-        yield ref.module.weight if hasattr(ref, "module") else getattr(ref.owner, ref.parameter)
 
 
 def _encoded(layer: Layer, job: Job, kind: str) -> dict[str, Tensor]:

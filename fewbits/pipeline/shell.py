@@ -139,10 +139,10 @@ class ModelShell:
     def _keep_first(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._first = args[0].detach()
 
-    def forward(self, index: int, hidden: Tensor) -> Tensor:
-        """Block `index` on hidden states [B, T, H] of a shape that `embed` has seen."""
+    def forward(self, index: int, hidden: Tensor, *, grad: bool = False) -> Tensor:
+        """Block `index` on hidden states [B, T, H] of a shape that `embed` has seen; `grad`: recorded for autograd."""
         args, kwargs = self._arguments[hidden.shape[0], hidden.shape[1]][index]
-        with torch.no_grad():
+        with torch.set_grad_enabled(grad):
             out = self.blocks[index][1](hidden.to(self.device), *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 

@@ -43,6 +43,7 @@ class Layer:
     sqnr_db: float | None
     of_outputs: bool
     notes: tuple[str, ...]
+    block_loss: tuple[float, float] | None = None  # of the block's output, before and after learning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +212,13 @@ def _layer(entry: dict[str, Any]) -> Layer | None:
         sqnr_db=number(entry.get("weight_sqnr_db")),
         of_outputs=entry.get("error_of", "outputs") == "outputs",
         notes=tuple(map(str, _list(entry.get("notes")))),
+        block_loss=_before_after(_object(entry.get("block_loss"))),
     )
+
+
+def _before_after(entry: dict[str, Any]) -> tuple[float, float] | None:
+    before, after = positive(entry.get("before")), positive(entry.get("after"))
+    return None if before is None or after is None else (before, after)
 
 
 def _distribution(entry: dict[str, Any]) -> Distribution | None:

@@ -57,6 +57,12 @@ def page(certificate: Certificate, directory: Path) -> str:
             tables.layers(certificate) if certificate.layers else "",
         ),
         section(
+            "Learned blocks",
+            "How far each block's output is from the original's, as a share of its square and the mean over tokens, on "
+            "calibration text that was held back: with the codes of the solver, and with what was learned.",
+            tables.learned(certificate),
+        ),
+        section(
             "Bits by layer",
             "What one weight takes, its share of scales and zero points included.",
             plots.bits_by_layer(certificate),

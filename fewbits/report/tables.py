@@ -7,7 +7,7 @@ from typing import Any
 
 from fewbits.core.units import bytes_text, duration_text
 from fewbits.report.certificate import Certificate, Layer, Row, number
-from fewbits.report.words import DASH, esc, percent, plus_minus
+from fewbits.report.words import DASH, change, esc, percent, plus_minus
 
 _MAX_LAYER_ROWS = 1000
 
@@ -178,6 +178,16 @@ def layers(certificate: Certificate) -> str:
     rest = f'<p class="note">{left:,} more layers, with smaller errors, are in the certificate.</p>' if left else ""
     summary = f"All {len(ordered):,} layers, worst first"
     return f"<details><summary>{summary}</summary>{shown}{rest}</details>"
+
+
+def learned(certificate: Certificate) -> str:
+    """What learning did for each block's output; nothing for methods that learn nothing."""
+    losses = {layer.block: layer.block_loss for layer in certificate.layers if layer.block_loss is not None}
+    rows = [
+        [str(block), percent(before), percent(after), change(after / before)]
+        for block, (before, after) in sorted(losses.items())
+    ]
+    return table(["Block", "Before", "After", "Change"], rows) if rows else ""
 
 
 def account(certificate: Certificate) -> str:

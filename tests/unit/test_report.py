@@ -91,6 +91,15 @@ def test_every_section_is_there(whole: str) -> None:
     assert re.findall(r"<h2>(.*?)</h2>", whole) == SECTIONS
 
 
+def test_what_was_learned_is_shown_block_by_block(tmp_path: Path) -> None:
+    certificate = fake_certificate(2)
+    for layer in certificate["layers"]:
+        layer["block_loss"] = {"before": 0.04, "after": 0.02 + 0.01 * layer["block"]}
+    words = Document(write_report(write_fake(tmp_path, certificate)).read_text(encoding="utf-8")).words
+    assert "Learned blocks" in words
+    assert re.search(rf"0\s*4\.0 %\s*2\.0 %\s*{change(0.5)}\s*1\s*4\.0 %\s*3\.0 %\s*{change(0.75)}", words)
+
+
 def test_numbers_are_those_of_the_certificate(whole: str) -> None:
     words = " ".join(Document(whole).words.split())
     for expected in (
