@@ -23,6 +23,9 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 picks the most likely token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this sum.")] = 1.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    kv: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="Store keys and values in few bits: int8, fp8, int4, int2, …")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a turn.")] = False,
 ) -> None:
@@ -39,6 +42,7 @@ def chat(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        kv=kv,
     )
     message("one message a line; Ctrl-D leaves, Ctrl-C breaks an answer off")
     for text in _messages():

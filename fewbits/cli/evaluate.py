@@ -23,6 +23,10 @@ def evaluate(
     samples: Annotated[int | None, typer.Option(help="Sequences to evaluate on.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
     seed: Annotated[int, typer.Option(help="Chooses the sequences.")] = 0,
+    kv: Annotated[
+        str | None,
+        typer.Option(metavar="FORMAT", help="Read the text piece by piece, keys and values stored as int4, int2, …"),
+    ] = None,
     certify: Annotated[
         bool,
         typer.Option("--certify", help="Add the result to the certificate of MODEL, a quantized directory."),
@@ -41,6 +45,7 @@ def evaluate(
             against=against,
             text=text,
             seed=seed,
+            kv=kv,
             progress=bar.step,
             **{name: value for name, value in given.items() if value is not None},
         )

@@ -20,6 +20,9 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this sum.")] = 1.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put PROMPT through the model's chat template.")] = False,
+    kv: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="Store keys and values in few bits: int8, fp8, int4, int2, …")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print text and timings as JSON when done.")] = False,
 ) -> None:
@@ -37,6 +40,7 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        kv=kv,
     )
     for piece in found:
         if not as_json:

@@ -29,6 +29,7 @@ from fewbits.core import record
 from fewbits.core.errors import BadInput
 from fewbits.evaluation.forward import Forward, check_ids
 from fewbits.evaluation.reference import Progress, Reference, slab_nll
+from fewbits.formats.kv import KVFormat, parse_kv
 from fewbits.metrics import block_estimate, kl, perplexity
 from fewbits.metrics.result import Evaluation, by_position, divergence
 
@@ -46,6 +47,7 @@ def evaluate(
     sequence_length: int | None = None,
     seed: int = 0,
     what: str | None = None,
+    kv: str | None = None,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -55,18 +57,20 @@ def evaluate(
     against may be a `Reference` made before (`remember`), which then settles text, samples, length and seed.
     text: as `calibration.data.read_texts`; None is the built-in text that calibration never sees.
     samples: windows; None takes up to 16. sequence_length: tokens a window, 512 by default.
-    what: label of the result; the model's name by default. progress: called with (stage, done, total).
+    what: label of the result; the model's name by default. kv: how `model`, not the original, stores keys and values
+    ("int4", see formats/kv.py). progress: called with (stage, done, total).
     Raises `BadInput` for unusable text or models that do not share a vocabulary.
     """
     options = {"text": text, "samples": samples, "sequence_length": sequence_length}
+    cache = None if kv is None else parse_kv(kv)
     if isinstance(against, Reference):
         if given := [name for name, value in options.items() if value is not None]:
             raise BadInput(f"{', '.join(given)}: settled by the reference passed as `against`; leave out")
-        return _measure(model, against, against.tokens, what, device, progress)
+        return _measure(model, against, against.tokens, what, cache, device, progress)
     if against is None:
-        return _measure(model, None, None, what, device, progress, seed=seed, **options)
+        return _measure(model, None, None, what, cache, device, progress, seed=seed, **options)
     with remember(against, seed=seed, device=device, progress=progress, **options) as reference:
-        return _measure(model, reference, reference.tokens, what, device, progress)
+        return _measure(model, reference, reference.tokens, what, cache, device, progress)
 
 
 @contextlib.contextmanager
@@ -102,6 +106,7 @@ def _measure(
     reference: Reference | None,
     tokens: TokenSet | None,
     what: str | None,
+    kv: KVFormat | None,
     device: str | torch.device | None,
     progress: Progress | None,
     **options: Any,
@@ -110,7 +115,7 @@ def _measure(
     with opened(model, device) as loaded:
         if tokens is None:
             tokens = windows(loaded, **options)
-        forward = Forward(loaded.model, loaded.name)
+        forward = Forward(loaded.model, loaded.name, kv)
         if reference is not None:
             _same_vocabulary(reference, forward, loaded.tokenizer)
         check_ids(tokens.ids, forward.vocabulary, loaded.name)
@@ -121,11 +126,12 @@ def _measure(
     compared = reference is not None
     count, length = tokens.ids.shape
     return Evaluation(
-        what=what or name,
+        what=what or (name if kv is None else f"{name}, cache {kv.name}"),
         model=name,
         against=reference.name if reference is not None else None,
         method=f"chunked: {count} windows of {length} tokens, no overlap, errors by window"
-        + (f"; reference kept as {reference.store}" if reference is not None else ""),
+        + (f"; reference kept as {reference.store}" if reference is not None else "")
+        + (f"; keys and values as {kv.name}, {kv.group} tokens read at a time" if kv is not None else ""),
         dtype=dtype,
         device=where,
         perplexity=perplexity(block_estimate(scores.nll)),

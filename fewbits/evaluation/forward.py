@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fewbits.core.errors import BadInput, FewbitsError
+from fewbits.formats.kv import KVFormat
 
 _SLAB_BYTES = 64 << 20
 _PROBE_TOKENS = 8
@@ -26,10 +27,12 @@ class Forward:
 
     vocabulary: width of the logits.
     separable: whether the logits are `head(hidden)`.
+    kv: keys and values are stored so (formats/kv.py). A forward pass sees what it computes itself unrounded, so the
+    text is then read a group of tokens at a time, each behind the stored ones: as decoding does, in fewer passes.
     """
 
-    def __init__(self, model: nn.Module, name: str = "the model") -> None:
-        self.model, self.name = model, name
+    def __init__(self, model: nn.Module, name: str = "the model", kv: KVFormat | None = None) -> None:
+        self.model, self.name, self.kv = model, name, kv
         self.device = next(model.parameters()).device
         self.head: nn.Module | None = _attribute(model, "get_output_embeddings")
         body = getattr(model, "base_model", None)
@@ -37,8 +40,18 @@ class Forward:
         self.vocabulary, self.separable = self._probe()
 
     def _whole(self, ids: torch.Tensor) -> torch.Tensor:
-        output = self.model(input_ids=ids.unsqueeze(0).to(self.device), use_cache=False)
-        return output.logits[0]
+        return self._run(self.model, ids, "logits")
+
+    def _run(self, module: nn.Module, ids: torch.Tensor, output: str) -> torch.Tensor:
+        ids = ids.unsqueeze(0).to(self.device)
+        if self.kv is None:
+            return getattr(module(input_ids=ids, use_cache=False), output)[0]
+        from fewbits.nn.kv_cache import QuantizedKVCache
+
+        cache = QuantizedKVCache(self.model.config, self.kv)
+        pieces = ids.split(self.kv.group, dim=1)
+        found = [module(input_ids=piece, past_key_values=cache, use_cache=True) for piece in pieces]
+        return torch.cat([getattr(piece, output)[0] for piece in found])
 
     def _probe(self) -> tuple[int, bool]:
         """(width of the logits, whether they are `head(hidden)`)."""
@@ -69,7 +82,7 @@ class Forward:
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """What the head is given: ids [L] -> [L, hidden]. For separable models only."""
         assert self.body is not None
-        return self.body(input_ids=ids.unsqueeze(0).to(self.device), use_cache=False).last_hidden_state[0]
+        return self._run(self.body, ids, "last_hidden_state")
 
     def slabs(self, ids: torch.Tensor, hidden: torch.Tensor | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
         """(rows, logits float32 [rows, vocabulary]) over the window `ids` [L], in order.

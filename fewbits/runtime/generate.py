@@ -7,7 +7,8 @@
 
 A prompt that is a list of messages goes through the tokenizer's chat template. Models of the llama shape run
 on the decode engine (engine.py); any other on the transformers model itself, one forward pass a token with
-its cache, and `Stream.runner` says why.
+its cache, and `Stream.runner` says why. So does every model whose keys and values are to be stored in few bits
+(`kv`, nn/kv_cache.py): the engine's cache is float32.
 
 Rates leave out what they should not hold: reading the prompt is its own figure, and the first token, which
 comes with it, is not in the decode rate.
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.core.errors import BadInput
+from fewbits.formats.kv import KVFormat, parse_kv
 from fewbits.kernels import No
 from fewbits.runtime.engine import Engine, engine_for
 from fewbits.runtime.sampler import Sampling
@@ -83,18 +85,21 @@ def stream(
     seed: int | None = None,
     ignore_eos: bool = False,
     engine: bool = True,
+    kv: str | None = None,
 ) -> Stream:
     """Continues `prompt` (text, chat messages, or token ids).
 
     Ends at the model's end-of-text tokens (unless `ignore_eos`), after `max_new_tokens`, or when the context
-    is full. `engine=False` keeps to the transformers model. Raises BadInput for an empty or too long prompt
+    is full. `engine=False` keeps to the transformers model. kv: how keys and values are stored, e.g. "int4" (see
+    formats/kv.py); None leaves them in floating point. Raises BadInput for an empty or too long prompt
     and for sampling parameters out of range, before anything is generated.
     """
     if max_new_tokens < 1:
         raise BadInput(f"max_new_tokens {max_new_tokens}: at least 1")
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    cache = None if kv is None else parse_kv(kv)
     ids = encode(tokenizer, prompt)
-    steps, runner = _runner(model, engine)
+    steps, runner = _runner(model, engine) if cache is None else _with_cache(model, cache)
     if not ids:
         raise BadInput("the prompt is empty: there is nothing to continue")
     if len(ids) > steps.limit:
@@ -134,16 +139,21 @@ class _Steps(Protocol):
 
 
 class ModelSteps:
-    """The engine's interface over a transformers model and its own cache."""
+    """The engine's interface over a transformers model and its own cache, or one in few bits."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, kv: KVFormat | None = None) -> None:
         self._model: Any = model
+        self._kv = kv
         self._cache: Any = None
         self.tokens: list[int] = []
         self.limit: int = getattr(self._model.config, "max_position_embeddings", None) or 1 << 31
 
     def prefill(self, ids: Sequence[int]) -> Tensor:
         self._cache, self.tokens = None, []
+        if self._kv is not None:
+            from fewbits.nn.kv_cache import QuantizedKVCache  # transformers is loaded only where it is used
+
+            self._cache = QuantizedKVCache(self._model.config, self._kv)
         return self._forward(list(ids))
 
     def step(self, token: int) -> Tensor:
@@ -157,6 +167,10 @@ class ModelSteps:
         self._cache = output.past_key_values
         self.tokens.extend(ids)
         return output.logits[0, -1].float()
+
+
+def _with_cache(model: nn.Module, kv: KVFormat) -> tuple[_Steps, str]:
+    return ModelSteps(model, kv), f"transformers model, key-value cache {kv.name}"
 
 
 def _runner(model: nn.Module, wanted: bool) -> tuple[_Steps, str]:
