@@ -4,7 +4,7 @@ Text is read 32 tokens at a time behind the quantized cache, as `fewbits eval --
 difference of the two models' mean log-probabilities, paired window by window. Keys of one window are also rounded on
 their own, per channel and per token. Recorded under benchmarks/results as "kv_cache".
 
-    python benchmarks/bench_kv_cache.py [--windows 6] [--length 1024] [--only int4]
+    python benchmarks/bench_kv_cache.py [--windows 5] [--length 768] [--only int4]
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from fewbits.metrics import block_estimate
 from fewbits.nn.kv_cache import QuantizedKVCache, QuantizedKVLayer
 
 BARE = "-recent0-first0"  # every token is quantized as soon as its group is whole
-SETTINGS = ["int8", "fp8", "int4", f"int4{BARE}", f"int4-token{BARE}", f"int4-rotated-token{BARE}", "int2",
-            f"int2{BARE}", f"int2-token{BARE}", f"int2-rotated-token{BARE}"]  # fmt: skip
+SETTINGS = ["int8", "fp8", "int4", f"int4{BARE}", f"int4-rotated-token{BARE}", "int2", f"int2{BARE}",
+            f"int2-token{BARE}"]  # fmt: skip
 
 
 def measure(loaded: Any, reference: Any, name: str) -> dict[str, Any]:
@@ -86,8 +86,8 @@ def decode_seconds(loaded: Any, ids: torch.Tensor, name: str | None, steps: int 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--windows", type=int, default=6)
-    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--windows", type=int, default=5)
+    parser.add_argument("--length", type=int, default=768)
     parser.add_argument("--only", action="append")
     given = parser.parse_args()
     rows = []
