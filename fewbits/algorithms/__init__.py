@@ -6,10 +6,12 @@ METHODS = Registry(
     "method",
     {
         "rotate": "fewbits.algorithms.rotate:Rotate",
+        "preshift": "fewbits.algorithms.preshift:PreShift",
         "awq": "fewbits.algorithms.awq:AWQ",
         "gptq": "fewbits.algorithms.gptq:GPTQ",
         "gptaq": "fewbits.algorithms.gptaq:GPTAQ",
         "hqq": "fewbits.algorithms.hqq:HQQ",
+        "llm_fp4": "fewbits.algorithms.llm_fp4:LLMFP4",
         "rtn": "fewbits.algorithms.rtn:RTN",
         "refine": "fewbits.algorithms.refine:Refine",
         "learned": "fewbits.algorithms.learned:LearnedRounding",

@@ -105,7 +105,7 @@ class Block:
 
     stages: in the order they run. A transform that changes what flows into a stage changes its `inputs` with it.
     topology: None for a family that no table lists; transforms then do nothing and say so.
-    format: of all its linears, but for those that `formats` names.
+    format: of all its linears, but for those that `formats` names.  activations: what their inputs are rounded to.
     """
 
     name: str
@@ -114,6 +114,7 @@ class Block:
     stages: Sequence[Stage]
     format: Format
     formats: Mapping[str, Format] = field(default_factory=dict)
+    activations: Format | None = None
 
     def format_of(self, ref: Ref) -> Format:
         """What `ref` will be quantized to."""

@@ -2,7 +2,7 @@
 
 Steps run in the order of their roles whatever the order they are named in: rewrites, transforms (as named), the one
 method that makes codes (`rtn` if none is named), refinements and learners (as named). An option goes to every step that
-has a field of that name; `gptq.damping` goes to that step alone.
+has a field of that name; `gptq.damping` goes to that step alone. A method may bring others along (`brings`).
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ def compose(names: str | Iterable[str], options: Mapping[str, Any] | None = None
     if len(set(wanted)) != len(wanted):
         raise BadInput(f"method {','.join(wanted)}: a step is named twice")
     kinds = {name: METHODS.get(name) for name in wanted}
+    for name in [other for kind in kinds.values() for other in getattr(kind, "brings", ())]:
+        kinds.setdefault(name, METHODS.get(name))
+    wanted = list(kinds)
     solvers = [name for name in wanted if kinds[name].role == "weights"]
     if len(solvers) > 1:
         raise BadInput(f"method {','.join(wanted)}: {' and '.join(solvers)} both make the codes; name one of them")

@@ -11,7 +11,9 @@ says how far the inputs have drifted, in the directions that this layer can stil
 float32 per batch and accumulated in float64: one sink token of magnitude 26,000 would otherwise drown the
 contribution of thousands of ordinary ones.
 
-`reference` is no sum: a step that asks for it compares whole blocks, and the text runs through the original model too.
+`rows` are a sample of the inputs themselves, every so many tokens: what is rounded to few bits is no linear function of
+its input, and no sum of products tells its error. `reference` is no sum either: a step that asks for it compares whole
+blocks, and the text runs through the original model too.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from torch import Tensor
 
 from fewbits.core.errors import FewbitsError
 
-STATISTICS = ("hessian", "cross", "mean_abs", "reference")
+STATISTICS = ("hessian", "cross", "mean_abs", "rows", "reference")
+ROWS = 256  # at least so many tokens are kept, where there are so many, and less than twice as many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +35,13 @@ class Inputs:
     """What is known of the inputs of a linear; None where no step asked for it.
 
     hessian: H [in, in], float64, undamped.  cross: C [in, in].  mean_abs: mean |x| per channel [in].
+    rows: some of the inputs, float32 [tokens, in].
     """
 
     hessian: Tensor | None = None
     cross: Tensor | None = None
     mean_abs: Tensor | None = None
+    rows: Tensor | None = None
     tokens: int = 0
 
     def divided(self, s: Tensor) -> Inputs:
@@ -46,7 +51,10 @@ class Inputs:
             return None if matrix is None else matrix / torch.outer(s, s).to(matrix.dtype)
 
         mean_abs = None if self.mean_abs is None else self.mean_abs / s.to(self.mean_abs.dtype)
-        return dataclasses.replace(self, hessian=both(self.hessian), cross=both(self.cross), mean_abs=mean_abs)
+        rows = None if self.rows is None else self.rows / s.to(self.rows.dtype)
+        return dataclasses.replace(
+            self, hessian=both(self.hessian), cross=both(self.cross), mean_abs=mean_abs, rows=rows
+        )
 
 
 class InputSum:
@@ -62,6 +70,8 @@ class InputSum:
 
         self.total, self.cross = matrix("hessian"), matrix("cross")
         self.magnitude = torch.zeros(in_features, dtype=torch.float64, device=device) if "mean_abs" in wanted else None
+        self.rows = torch.zeros(0, in_features, device=device) if "rows" in wanted else None
+        self._stride = 1
         self.tokens = 0
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
@@ -76,7 +86,18 @@ class InputSum:
             self.cross += drift.t() @ x
         if self.magnitude is not None:
             self.magnitude += x.abs().sum(dim=0, dtype=torch.float64)
+        if self.rows is not None:
+            self._keep(x[-self.tokens % self._stride :: self._stride], self._stride)
         self.tokens += len(x)
+
+    def _keep(self, x: Tensor, stride: int) -> None:
+        """Adds rows that are every `stride`-th of their tokens; thins all out when they are too many."""
+        assert self.rows is not None
+        self._stride = max(self._stride, stride)
+        self.rows = torch.cat([self.rows, x.to(self.rows.device)])
+        while len(self.rows) >= 2 * ROWS:
+            self.rows = self.rows[::2].clone()
+            self._stride *= 2
 
     def merge(self, other: InputSum) -> None:
         """Adds what `other` has seen; equal to having seen both inputs here."""
@@ -87,11 +108,13 @@ class InputSum:
         ):
             if mine is not None and theirs is not None:
                 mine += theirs.to(mine.device)
+        if self.rows is not None and other.rows is not None:
+            self._keep(other.rows, other._stride)
         self.tokens += other.tokens
 
     def inputs(self, name: str) -> Inputs:
         """What was seen; zero if no token came by. FewbitsError naming the layer if it overflowed."""
-        for total in (self.total, self.cross, self.magnitude):
+        for total in (self.total, self.cross, self.magnitude, self.rows):
             if total is not None and not bool(torch.isfinite(total).all()):
                 raise FewbitsError(
                     f"{name}: calibration inputs are NaN or infinite; run calibration in float32 or bfloat16"
@@ -101,5 +124,6 @@ class InputSum:
             hessian=None if self.total is None else self.total * (2 / count),
             cross=None if self.cross is None else self.cross * (2 / count),
             mean_abs=None if self.magnitude is None else self.magnitude / count,
+            rows=self.rows,
             tokens=self.tokens,
         )

@@ -365,6 +365,10 @@ class Format:
         single = torch.tensor(exact).tolist()  # as stored: float32
         return dataclasses.replace(self, grid=Grid(self.grid.name, self.bits, tuple(single)))
 
+    def choices(self, w: Tensor, importance: Tensor | None = None) -> Iterator[Format]:
+        """The formats that this one may become for `w`, for a method that judges them itself; most become one."""
+        yield self.fitted(w, importance)
+
     def fitted_from(self, state: State) -> Format:
         """This format with the grid that `state` holds, where it holds one."""
         if not self.fit:

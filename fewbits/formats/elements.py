@@ -12,6 +12,7 @@
 | nf4, af4, fp4_bnb, quantile3/4/8 | tables (codebooks.py) | |
 | lloyd2 ... lloyd8 | least squared error for N(0,1), one level at 0 (lloyd_max.py) | Lloyd 1982, Max 1960 |
 | lloyd2_fit ... lloyd8_fit | the same, fitted to each tensor | |
+| fp4_fit, fp8_fit | of all ExMy of 4 or 8 bits the best for each tensor (best_minifloat.py) | arXiv 2310.16836 |
 | ternary | -1 0 1 | |
 | dynamic8, dynamic8u | bitsandbytes' dynamic maps (dynamic.py); `u` for what is never negative | arXiv 2110.02861 |
 """
@@ -46,6 +47,8 @@ ELEMENTS: dict[str, Grid] = {
     **{f"quantile{bits}": Grid(f"quantile{bits}", bits, quantile_levels(bits)) for bits in (3, 4, 8)},
     **{f"lloyd{bits}": Grid(f"lloyd{bits}", bits, gaussian_with_zero(1 << bits)) for bits in range(2, 9)},
     **{f"lloyd{bits}_fit": Grid(f"lloyd{bits}_fit", bits, gaussian_with_zero(1 << bits)) for bits in range(2, 9)},
+    "fp4_fit": minifloat_grid("fp4_fit", 2, 1),
+    "fp8_fit": minifloat_grid("fp8_fit", 4, 3),
     "ternary": Grid("ternary", 2, (-1.0, 0.0, 1.0)),
     "dynamic8": Grid("dynamic8", 8, dynamic_levels(signed=True)),
     "dynamic8u": Grid("dynamic8u", 8, dynamic_levels(signed=False)),

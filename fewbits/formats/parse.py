@@ -22,6 +22,7 @@ from functools import cache
 
 from fewbits.core.errors import BadInput, nearest_first, unknown
 from fewbits.formats.base import Format, Scaling
+from fewbits.formats.best_minifloat import BestMinifloat
 from fewbits.formats.elements import ELEMENTS, NARROW, UNSIGNED
 from fewbits.formats.grid import Grid
 from fewbits.formats.kquant import FORMATS as GGUF
@@ -84,7 +85,8 @@ def parse_format(name: str) -> Format:
     moved, fit = match["zero"] if match["zero"] in ("asym", "min") else None, match["element"] in FITTED
     if moved and match["store"] is not None:
         raise BadInput(f"format {name!r}: scales stored as {match['store']} take no offset; leave -{moved} out")
-    return Format(
+    kind = BestMinifloat if match["element"] in BEST_MINIFLOATS else Format
+    return kind(
         name=name,
         grid=_grid(name, match["element"], match["zero"]),
         scaling=Scaling(
@@ -100,6 +102,7 @@ def parse_format(name: str) -> Format:
 
 # Elements whose levels are computed from the tensor.
 FITTED = frozenset(name for name in ELEMENTS if name.endswith("_fit"))
+BEST_MINIFLOATS = frozenset({"fp4_fit", "fp8_fit"})
 
 
 def _grid(name: str, element: str, zero: str | None) -> Grid:
