@@ -74,9 +74,10 @@ class Rewritten:
 
 
 class Rewrite(Step, Protocol):
-    """Changes the model as a whole; tells nothing of text. `kept(module)`: whether a linear will stay dense."""
+    """Changes the model as a whole; tells nothing of text. `kept(module)`: whether a linear will stay dense; `rounded`:
+    whether the inputs of the others will be rounded."""
 
-    def rewrite(self, source: Source, kept: Callable[[str], bool]) -> Rewritten: ...
+    def rewrite(self, source: Source, kept: Callable[[str], bool], rounded: bool = False) -> Rewritten: ...
 
 
 class WeightMethod(Step, Protocol):

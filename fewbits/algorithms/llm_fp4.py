@@ -1,11 +1,12 @@
 """LLM-FP4: exponent bits and clipping of a weight searched on the output of its layer.
 
-    for every row:   factor = argmin over a grid of   tr(dW H dW^T),     dW = W - Q(W; factor * absmax)
+    for every row:   factor = argmin over a grid of   dW H dW^T,     dW = w - Q(w; factor * absmax)
 
 An exponent bias that is a real number is a scale by another name (formats/minifloat.py), so the paper's search over
 biases is one over how much of a row's range is covered, by the error of what the layer puts out. H is that of the
-inputs as the layer receives them, rounded ones where activations are quantized. Where the format leaves the exponent
-bits open (`fp4_fit-channel`), each is tried and the best for the whole layer taken. The other half of the method, the
+inputs as the layer receives them, rounded ones where activations are quantized. A scale per group is judged by its own
+columns. Where the format leaves the exponent bits open (`fp4_fit-channel`), each is tried and the best for the whole
+layer taken. The other half of the method, the
 pre-shifted exponents of the activations, is a step of its own, `preshift`, which comes along.
 
 Compared with the paper. Its candidates are multiples of the *bias*, which are all the same where that is 0 (E2M1: a
@@ -32,7 +33,7 @@ from fewbits.formats import Format, Quantized
 
 @dataclass(frozen=True, kw_only=True)
 class LLMFP4:
-    """Searches the range of each row among `steps` multiples of its absmax from `low` to `high`, and 1."""
+    """Searches the range of each scale among `steps` multiples of its absmax from `low` to `high`, and 1."""
 
     role: ClassVar[str] = "weights"
     statistics: ClassVar[frozenset[str]] = frozenset({"hessian"})
@@ -72,30 +73,46 @@ class LLMFP4:
     def _search(
         self, weight: Tensor, format: Format, hessian: Tensor, factors: list[float]
     ) -> tuple[Quantized, Tensor]:
-        """The codes of the best of 1 and `factors` for each row of scales, and the loss of each row [out]."""
+        """The codes of the best of 1 and `factors` for each scale, and the loss of each row [out]."""
         low, high = format.ranges(weight)
-        best = torch.ones_like(low[:, :1])
-        least = self._per_scale(self._loss(weight, format, hessian, low, high), len(best))
+        ones = best = torch.ones_like(low)
+        error = self._error(weight, format, low, high)
+        plain = proxy_loss(error, hessian)
+        least = _by_scale(error, hessian, format, low)
         for factor in factors:
-            loss = self._per_scale(self._loss(weight, format, hessian, low * factor, high * factor), len(best))
-            better = loss < least
-            least = torch.where(better, loss, least)
-            best[better] = factor
+            error = self._error(weight, format, low * factor, high * factor)
+            loss = _by_scale(error, hessian, format, low)
+            best = torch.where(loss < least, factor, best)
+            least = torch.minimum(loss, least)
+        loss = proxy_loss(self._error(weight, format, low * best, high * best), hessian)
+        # Groups were judged each alone; together a row of them may still have lost.
+        best = torch.where(_pooled(loss, low) > _pooled(plain, low), ones, best)
         found = format.quantize_with(weight, *format.params_from_range(low * best, high * best))
         return found, proxy_loss(weight - found.dequantize(), hessian)
 
     @staticmethod
-    def _loss(weight: Tensor, format: Format, hessian: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    def _error(weight: Tensor, format: Format, low: Tensor, high: Tensor) -> Tensor:
         scale, zero = format.params_from_range(low, high)
         if format.nested:  # scales that share something are judged as they will be stored
             scale, zero, _ = format.settle(scale, zero)
-        shape = weight.shape[0], weight.shape[1]
         error = torch.empty_like(weight)
-        for rows, row_scale, row_zero in format.row_chunks(shape, scale, zero):
+        for rows, row_scale, row_zero in format.row_chunks((weight.shape[0], weight.shape[1]), scale, zero):
             error[rows] = weight[rows] - format.snap(weight[rows], row_scale, row_zero)
-        return proxy_loss(error, hessian)
+        return error
 
-    @staticmethod
-    def _per_scale(loss: Tensor, rows: int) -> Tensor:
-        """Losses of output rows [out] as those of rows of scales: the same, or one for all where rows share scales."""
-        return loss if rows == len(loss) else loss.sum().expand(rows)
+
+def _by_scale(error: Tensor, hessian: Tensor, format: Format, like: Tensor) -> Tensor:
+    """What each scale is judged by, in the shape of the scales `like`: the loss of its group of columns, of its row, or
+    of all rows where they share scales."""
+    if format.scaling.block != "group":
+        return _pooled(proxy_loss(error, hessian), like).expand_as(like)
+    width, parts = format.scaling.width(error.shape[1]), []
+    for start in range(0, error.shape[1], width):
+        columns = slice(start, start + width)
+        parts.append(proxy_loss(error[:, columns], hessian[columns, columns]))
+    return torch.stack(parts, dim=1)
+
+
+def _pooled(loss: Tensor, like: Tensor) -> Tensor:
+    """Losses of rows [out] for rows of scales, [rows, 1]."""
+    return loss[:, None] if len(like) == len(loss) else loss.sum().expand(len(like), 1)

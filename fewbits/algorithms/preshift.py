@@ -31,6 +31,7 @@ from fewbits.algorithms.base import Block, Stage, Transformed
 from fewbits.algorithms.channels import Scalable, scalables
 from fewbits.core.errors import BadInput
 from fewbits.formats import Format
+from fewbits.formats.rows import round_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ class PreShift:
             rows = stage.inputs.rows
             assert rows is not None
             factor = torch.ones((), device=rows.device) if k is None else torch.exp2(k)
-            rounded = block.activations.quantize(rows * factor, "activations").dequantize()
+            rounded = round_rows(rows * factor, block.activations)
             for ref in stage.refs:
                 weight = ref.weight.float()
                 shifted = block.format_of(ref).quantize(weight / factor, ref.name).dequantize()

@@ -9,6 +9,10 @@ are folded into the linears that read them: a norm without gains commutes with e
 | values | each head's values | rows of v, columns of o, head by head (grouped queries share theirs) | none |
 | online | what down_proj reads | columns of down; its input is transformed as the model runs | a transform per block |
 
+Where inputs are rounded too (W4A4, W8A8), `online` is on unless it is switched off: what down_proj reads has the
+largest outliers of all. `block=32` rotates in blocks of that many numbers instead of all at once, for formats whose
+scales cover so many (MX): an outlier then stays in its own block and does not raise the scales of the others.
+
 The first two change numbers, not shapes: any format that can hold the weights can hold the rotated ones. Two prices.
 A head that shares the embeddings' tensor takes the final norm's gains and is no longer equal to it, so it is stored
 apart (`residual=false` avoids that). And `online` needs a reader that transforms the input: the native format states
@@ -50,23 +54,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Rotate:
-    """Randomised Hadamard rotations folded into the weights. online: transform what down_proj reads, too."""
+    """Randomised Hadamard rotations folded into the weights. online: transform what down_proj reads, too; by default
+    where inputs are rounded. block: rotate so many numbers together, a power of two; by default all."""
 
     role: ClassVar[str] = "rewrite"
     statistics: ClassVar[frozenset[str]] = frozenset()
 
     residual: bool = True
     values: bool = True
-    online: bool = False
+    online: bool | None = None
+    block: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.block is not None and (self.block < 2 or self.block & (self.block - 1)):
+            raise BadInput(f"rotations in blocks of {self.block}; a power of two, 32 for MX formats")
         if not (self.residual or self.values or self.online):
             raise BadInput(f"{self}: nothing is to be rotated; switch on residual, values or online")
 
-    def rewrite(self, source: Source, kept: Callable[[str], bool]) -> Rewritten:
+    def rewrite(self, source: Source, kept: Callable[[str], bool], rounded: bool = False) -> Rewritten:
         """`source` with rotated tensors; linears that stay dense (`kept`) get no transform of their input."""
-        plan = _Plan(source, self.seed)
+        plan = _Plan(source, self.seed, self.block)
         if plan.topology is None:
             kind = source.config().get("model_type")
             return Rewritten(
@@ -74,7 +82,7 @@ class Rotate:
             )
         if self.values:
             plan.values()
-        if self.online:
+        if rounded if self.online is None else self.online:
             plan.online(kept)
         if self.residual:
             plan.residual()
@@ -95,8 +103,8 @@ class Change:
 class _Plan:
     """The changes, tensor by tensor, from the family's table and the modules of the model (none of its weights)."""
 
-    def __init__(self, source: Source, seed: int) -> None:
-        self.source, self.seed = source, seed
+    def __init__(self, source: Source, seed: int, block: int | None = None) -> None:
+        self.source, self.seed, self.block = source, seed, block
         config = source.config()
         self.topology = find_topology(config)
         self.changes: dict[str, Change] = {}
@@ -123,6 +131,15 @@ class _Plan:
         if f"{module}.bias" in self._stored:
             self._change(f"{module}.bias", rows=(rotation,))
 
+    def _turn(self, size: int, what: str) -> Rotation:
+        if self.block is None:
+            return rotation(size, f"{self.seed} {what}")
+        return hadamard_rotation(size, self._orders(size), f"{self.seed} {what}")
+
+    def _orders(self, size: int) -> tuple[int, ...]:
+        """Of the Hadamard transform of `size` numbers."""
+        return hadamard.block_factors(size) if self.block is None else (math.gcd(self.block, size),)
+
     def _refs(self, block: nn.Module) -> list[Ref]:
         return linears(block, self.topology)
 
@@ -143,7 +160,7 @@ class _Plan:
                 raise Unsupported(
                     f"{prefix}: {v.shape[0]} values do not divide into heads of {width}; use values=false"
                 )
-            turn = rotation(width, f"{self.seed} values {prefix}")
+            turn = self._turn(width, f"values {prefix}")
             self._rows(f"{prefix}.{v.disk_name}", turn)
             self._change(f"{prefix}.{o.disk_name}.weight", columns=(turn,))
 
@@ -161,7 +178,7 @@ class _Plan:
                     experts += 1
                     continue
                 size = ref.shape[1]
-                orders = hadamard.block_factors(size)
+                orders = self._orders(size)
                 sizes |= {(size, math.prod(orders))}
                 disk = f"{prefix}.{ref.disk_name}"
                 turn = hadamard_rotation(size, orders, f"{self.seed} online {prefix}.{name}")
@@ -179,7 +196,7 @@ class _Plan:
         self.notes += [
             f"rotate: no Hadamard matrix of order {size} is known; inputs are transformed in blocks of {part}"
             for size, part in sorted(sizes)
-            if part != size
+            if part != size and self.block is None
         ]
 
     def residual(self) -> None:
@@ -193,7 +210,7 @@ class _Plan:
         embeddings, head, last = (
             f"{name}.weight" for name in (topology.embeddings, topology.head, topology.final_norm)
         )
-        turn = rotation(self.source.info(embeddings).shape[1], f"{self.seed} residual")
+        turn = self._turn(self.source.info(embeddings).shape[1], "residual")
         self._change(embeddings, columns=(turn,))
         for prefix, block in self.blocks:
             for ref in self._refs(block):

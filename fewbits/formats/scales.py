@@ -148,6 +148,13 @@ class FloatScale:
         outer = outer / torch.full_like(outer, self.limit)
         return torch.where(outer > 0, outer, torch.ones_like(outer))
 
+    def by_row(self, raw: Tensor) -> Tensor:
+        """Scales as they are read back when every row of them [rows, G] has an outer scale of its own."""
+        outer = raw.amax(1, keepdim=True)
+        outer = outer / torch.full_like(outer, self.limit)
+        outer = torch.where(outer > 0, outer, torch.ones_like(outer))
+        return self.under(raw, outer).float() * outer
+
     def under(self, raw: Tensor, outer: Tensor) -> Tensor:
         """Block scales as E4M3 multiples of `outer`."""
         return (raw / outer).clamp(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)

@@ -2,8 +2,12 @@
 
 ``W4A16`` is 4-bit weights under 16-bit activations; its group size (128) can be overridden. Names and
 defaults follow compressed-tensors' presets, so a checkpoint says the same thing to vLLM. Activations, where
-quantized, are scaled dynamically per token: no calibration decides them. Any format name is a weight-only
-scheme of its own (``nf4-g64``).
+quantized, are scaled dynamically per token or per group of a token (rows.py): no calibration decides them. Any format
+name is a weight-only scheme of its own (``nf4-g64``), two names with a slash between them one for weights and
+activations (``fp4_e2m1-g32/fp8_e4m3-token``).
+
+Case matters where a scheme has the name of a format: ``MXFP4`` is, as in the ecosystem, 4 bits on both sides, and
+``mxfp4`` the format of weights alone, which is ``MXFP4A16``.
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ from dataclasses import dataclass
 
 from fewbits.core.errors import BadInput, unknown
 from fewbits.formats.base import Format
-from fewbits.formats.parse import known_formats, parse_format
+from fewbits.formats.parse import NAMED, known_formats, parse_format
+from fewbits.formats.rows import check_rows
 
 SCHEMES: dict[str, tuple[str, str | None]] = {
     "W4A16": ("int4-g128", None),
@@ -25,13 +30,25 @@ SCHEMES: dict[str, tuple[str, str | None]] = {
     "W2A16_ASYM": ("int2-asym-g64", None),
     "W8A8": ("int8-channel", "int8-token"),
     "W4A8": ("int4-g128", "int8-token"),
+    "W4A4": ("int4-g128", "int4-token"),
+    "W4AFP8": ("int4-g128", "fp8_e4m3-token"),
     "FP8_DYNAMIC": ("fp8_e4m3-channel", "fp8_e4m3-token"),
+    "FP8_BLOCK": ("fp8_block", "fp8_e4m3-g128"),
     "FP8_W8A16": ("fp8_e4m3-channel", None),
+    "FP4_W4A8": ("fp4_e2m1-g128", "fp8_e4m3-token"),
+    "FP4_W4A4": ("fp4_e2m1-g128", "fp4_e2m1-token"),
     "NF4": ("nf4-g64", None),
     "FP4": ("fp4_e2m1-g16", None),
     "MXFP4A16": ("mxfp4", None),
+    "MXFP6A16": ("mxfp6", None),
     "MXFP8A16": ("mxfp8", None),
+    "MXFP4": ("mxfp4", "mxfp4"),
+    "MXFP4XFP8": ("mxfp4", "fp8_e4m3-g128"),
+    "MXFP6A8": ("mxfp6", "mxfp8"),
+    "MXFP8": ("mxfp8", "mxfp8"),
     "NVFP4A16": ("nvfp4", None),
+    "NVFP4": ("nvfp4", "nvfp4"),
+    "NVFP4_4OVER6": ("nvfp4_4over6", "nvfp4"),
 }
 
 
@@ -51,9 +68,11 @@ def parse_scheme(name: str, group_size: int | None = None) -> Scheme:
     """
     if group_size is not None and group_size < 1:
         raise BadInput(f"group size {group_size}; a group holds at least 1 weight: common sizes are 32, 64 and 128")
-    found = {key.lower(): key for key in SCHEMES}.get(name.lower())
-    weights, activations = SCHEMES[found] if found else (name, None)
-    if not found and name.split("-")[0] not in {known.split("-")[0] for known in known_formats()}:
+    lowered = {key.lower(): key for key in SCHEMES}
+    found = name if name in SCHEMES else None if name in NAMED else lowered.get(name.lower())
+    weights, _, inputs = name.partition("/")
+    weights, activations = SCHEMES[found] if found else (weights, inputs or None)
+    if not found and weights.split("-")[0] not in {known.split("-")[0] for known in known_formats()}:
         raise unknown("scheme", name, [*SCHEMES, *known_formats()])
     if group_size is not None:
         resized = re.sub(r"-g\d+$", f"-g{group_size}", weights)
@@ -62,8 +81,7 @@ def parse_scheme(name: str, group_size: int | None = None) -> Scheme:
                 f"group size {group_size} given, but {name} scales {weights.rpartition('-')[2]}-wise: leave it out"
             )
         weights = resized
-    return Scheme(
-        name=found or name,
-        weights=parse_format(weights),
-        activations=None if activations is None else parse_format(activations),
-    )
+    rounded = None if activations is None else parse_format(activations)
+    if rounded is not None:
+        check_rows(rounded)
+    return Scheme(name=found or name, weights=parse_format(weights), activations=rounded)

@@ -11,7 +11,8 @@ Where activations are quantized as well, x is first written as levels times a sc
     x[m, k] ~ level[m, k] * s[m]        y = (level @ W.T) * s
 
 and a kernel multiplies the *levels*. Levels of at most 8 bits (less a zero point: 9) are exact in bfloat16,
-so a bfloat16 kernel adds no rounding of its own to x.
+so a bfloat16 kernel adds no rounding of its own to x. Where the scales of x are per group of a token, nothing can be
+taken out of the product: x is rounded and multiplied as it is, by kernels that do not round it again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fewbits.formats import Format, Quantized
+from fewbits.formats.rows import round_rows
 
 # What a kernel keeps between calls. Plain tensors, except where torch wraps a packed weight in its own type.
 Packed = dict[str, Tensor]
@@ -122,7 +124,12 @@ class Kernel(Protocol):
 
 
 def split_levels(x: Tensor, activations: Format) -> tuple[Tensor, Tensor]:
-    """x [M, in] -> (levels less zero point, float32 [M, in]; scale, float32 [M, 1]), each row on its own."""
+    """x [M, in] -> (levels less zero point, float32 [M, in]; scale, float32 [M, 1]), each row on its own.
+
+    Of groups within a row the levels are times their scales already, and the scale is 1.
+    """
+    if activations.scaling.block != "token":
+        return round_rows(x, activations), torch.ones(x.shape[0], 1, device=x.device)
     if not x.shape[0]:  # no rows: nothing to take a range of
         return x.float(), x.new_ones(0, 1, dtype=torch.float32)
     scale, zero = activations.params(x.float())
@@ -149,6 +156,13 @@ def affine(format: Format) -> No | None:
 def middle_code(format: Format) -> int:
     """The code kernels centre on: that of level 0, or the middle of the range where a zero point moves it."""
     return 1 << (format.bits - 1) if format.scaling.zero_point else -int(format.grid.levels[0])
+
+
+def whole_tokens(spec: LinearSpec) -> No | None:
+    """None where x is not rounded, or with one scale a token; else No: for kernels that multiply in 16 bits."""
+    if spec.activations is None or spec.activations.scaling.block == "token":
+        return None
+    return No(f"it multiplies levels, and {spec.activations.name} has several scales in a token")
 
 
 def on_cpu(spec: LinearSpec) -> No | None:

@@ -44,6 +44,7 @@ from fewbits.kernels.base import (
     on_cpu,
     operator_exists,
     split_levels,
+    whole_tokens,
 )
 
 _GROUPS = (256, 128, 64, 32)
@@ -104,7 +105,7 @@ class CpuInt4:
     recovers_codes = True
 
     def accepts(self, spec: LinearSpec) -> Yes | No:
-        for no in (on_cpu(spec), affine(spec.format)):
+        for no in (on_cpu(spec), affine(spec.format), whole_tokens(spec)):
             if no is not None:
                 return no
         if spec.format.bits > 4:

@@ -40,6 +40,7 @@ from fewbits.kernels.base import (
     on_cpu,
     operator_exists,
     split_levels,
+    whole_tokens,
 )
 
 _MANY_ROWS = 32
@@ -55,7 +56,7 @@ class CpuInt8:
     recovers_codes = True
 
     def accepts(self, spec: LinearSpec) -> Yes | No:
-        for no in (on_cpu(spec), affine(spec.format)):
+        for no in (on_cpu(spec), affine(spec.format), whole_tokens(spec)):
             if no is not None:
                 return no
         size = spec.format.scaling.group_size

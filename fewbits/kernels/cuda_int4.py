@@ -15,7 +15,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from fewbits.formats import Quantized
-from fewbits.kernels.base import LinearSpec, No, Packed, Plain, Yes, affine, middle_code, operator_exists, split_levels
+from fewbits.kernels.base import (
+    LinearSpec,
+    No,
+    Packed,
+    Plain,
+    Yes,
+    affine,
+    middle_code,
+    operator_exists,
+    split_levels,
+    whole_tokens,
+)
 from fewbits.kernels.cpu_int4 import kernel_group, scales_and_offsets
 
 _MANY_ROWS = 128
@@ -51,9 +62,9 @@ class CudaInt4(Plain):
     def accepts(self, spec: LinearSpec) -> Yes | No:
         if spec.device.type != "cuda":
             return No(f"runs on cuda, not on {spec.device.type}")
-        no = affine(spec.format)
-        if no is not None:
-            return no
+        for no in (affine(spec.format), whole_tokens(spec)):
+            if no is not None:
+                return no
         if spec.format.bits > 4:
             return No(f"{spec.format.bits} bits do not fit in its 4-bit codes")
         size = spec.format.scaling.group_size

@@ -23,16 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbits.core.errors import BadInput
 from fewbits.formats import Format, Quantized, hadamard
 from fewbits.formats import bits as packing
+from fewbits.formats.rows import check_rows
 from fewbits.kernels import KERNELS, Kernel, LinearSpec, No, Packed, Yes, choose, explain
 
 
 class QLinear(nn.Module):
     """`x [..., in] -> [..., out]` in x's dtype, with a weight stored in `format`.
 
-    activations: a per-token format that x is rounded to before the product (dynamic quantization), or None.
+    activations: a format that x is rounded to, each row alone (formats/rows.py), before the product; or None.
     input_hadamard: orders of the Hadamard transform x goes through before that (formats/hadamard.py), or none; the
     weight, and `dequantize`, are those of the transformed x.
     Tensors are allocated empty; fill them by `load_state_dict`, or use `from_quantized`.
@@ -54,8 +54,8 @@ class QLinear(nn.Module):
         input_hadamard: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        if activations is not None and activations.scaling.block != "token":
-            raise BadInput(f"activations as {activations.name}; scales of activations are per token, e.g. int8-token")
+        if activations is not None:
+            check_rows(activations)
         self.in_features, self.out_features = in_features, out_features
         self.format, self.activations = format, activations
         self.input_hadamard = tuple(input_hadamard)

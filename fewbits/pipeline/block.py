@@ -30,6 +30,7 @@ from fewbits.calibration.coverage import cover
 from fewbits.calibration.stats import Inputs, InputSum
 from fewbits.core.errors import Unsupported
 from fewbits.formats import Format, Quantized
+from fewbits.formats.rows import round_rows
 from fewbits.metrics import sqnr_db
 from fewbits.metrics.error import relative_error as weight_error
 from fewbits.metrics.estimate import finite
@@ -60,8 +61,11 @@ def solve_block(
     *,
     sequential: bool,
     experts: str = "borrow",
+    activations: Format | None = None,
 ) -> tuple[list[Layer], dict[str, Tensor]]:
     """Quantizes `refs` of block `index`, resident in `shell`; leaves the decoded weights in the block.
+
+    Inputs are rounded to `activations` for every step but transforms: those must see what there is to be rounded.
 
     `formats` are theirs by name; `hidden` the calibration inputs of the block, `reference` and `targets` the same
     text's inputs and outputs in the original model. Recipes that need no statistics see no text. experts: what is done
@@ -99,29 +103,30 @@ def solve_block(
         for transform in recipe.transforms:
             block = Block(
                 name=prefix, module=module, topology=shell.topology, stages=found, format=formats[refs[0].name],
-                formats=formats,
+                formats=formats, activations=activations,
             )  # fmt: skip
             done = transform.apply(block)
             changed.update({name: module.get_parameter(name).detach() for name in done.changed})
             for name, lines in done.notes.items():
                 notes.setdefault(name, []).extend(lines)
-        if not sequential:
+        if not sequential and activations is None:  # rounded inputs are no function of what was seen before
             planned = [found]
         elif original is not None:
             kept.update(_copies(refs))
-    parts: Iterable[_Part] = (part for found in planned for part in _solve_stages(found, prefix, formats, recipe))
-    for learner in recipe.learners if refs else ():
-        started = time.perf_counter()
-        parts = list(parts)
-        lesson = Lesson(
-            name=prefix,
-            pupils=[part.pupil for part in parts],
-            forward=lambda batch: shell.forward(index, batch, grad=torch.is_grad_enabled()),
-            inputs=[sequence for batch in hidden for sequence in batch],
-            targets=[sequence for batch in targets for sequence in batch],
-        )
-        parts = _learned(parts, learner.learn(lesson), time.perf_counter() - started)
-    return [_layer(part, index, prefix, notes) for part in parts], changed
+    with quantized_activations(refs, activations):
+        parts: Iterable[_Part] = (part for found in planned for part in _solve_stages(found, prefix, formats, recipe))
+        for learner in recipe.learners if refs else ():
+            started = time.perf_counter()
+            parts = list(parts)
+            lesson = Lesson(
+                name=prefix,
+                pupils=[part.pupil for part in parts],
+                forward=lambda batch: shell.forward(index, batch, grad=torch.is_grad_enabled()),
+                inputs=[sequence for batch in hidden for sequence in batch],
+                targets=[sequence for batch in targets for sequence in batch],
+            )
+            parts = _learned(parts, learner.learn(lesson), time.perf_counter() - started)
+        return [_layer(part, index, prefix, notes) for part in parts], changed
 
 
 def _copies(refs: Sequence[Ref]) -> dict[str, Tensor]:
@@ -290,7 +295,7 @@ def _distribution(weight: Tensor, part: Quantized) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def quantized_activations(refs: Sequence[Ref], format: Format | None) -> Iterator[None]:
-    """Rounds what `refs` receive to `format`, per token, as the quantized model will."""
+    """Rounds what `refs` receive to `format`, each token alone, as the quantized model will."""
     if format is None:
         yield
         return
@@ -298,8 +303,7 @@ def quantized_activations(refs: Sequence[Ref], format: Format | None) -> Iterato
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = args[0]
-        flat = x.detach().reshape(-1, x.shape[-1]).float()
-        rounded = format.quantize(flat, "activations").dequantize().reshape(x.shape).to(x.dtype)
+        rounded = round_rows(x.detach().reshape(-1, x.shape[-1]), format).reshape(x.shape).to(x.dtype)
         if x.requires_grad:  # the gradient passes the rounding as if it were not there
             rounded = x + (rounded - x).detach()
         return (rounded, *args[1:])

@@ -107,7 +107,7 @@ def prepare(
             texts, source.load_tokenizer(), sequence_length=min(512, limit or 512), samples=None, at_most=eval_samples,
             description=described,
         )  # fmt: skip
-    source, input_hadamard, notes = _rewritten(source, recipe, ignore)
+    source, input_hadamard, notes = _rewritten(source, recipe, ignore, scheme.activations is not None)
     return Job(
         source=source, input_hadamard=input_hadamard, notes=notes, out=out.absolute(), scheme=scheme, recipe=recipe,
         sequential=sequential, ignore=ignore, dtype=dtype, device=device, checkpoint_format=checkpoint_format,
@@ -131,13 +131,13 @@ def calibration_tokens(
 
 
 def _rewritten(
-    source: Source, recipe: Recipe, ignore: tuple[str, ...]
+    source: Source, recipe: Recipe, ignore: tuple[str, ...], rounded: bool
 ) -> tuple[Source, dict[str, tuple[int, ...]], tuple[str, ...]]:
     """The model as the recipe's rewrites leave it, the transforms of inputs they ask for, and their notes."""
     inputs: dict[str, tuple[int, ...]] = {}
     notes: list[str] = []
     for step in recipe.rewrites:
-        done = step.rewrite(source, lambda module: ignored(module, ignore))
+        done = step.rewrite(source, lambda module: ignored(module, ignore), rounded)
         source = done.source
         inputs.update(done.input_hadamard)
         notes += done.notes

@@ -272,12 +272,13 @@ def _do_block(
         targets = advanced("reference") if reference else []
         weights = {id(ref.holder) for ref in refs}
         round_parameters((p for p in block.parameters() if id(p) not in weights), job.dtype)
+        layers, changed = solve_block(
+            shell, index, refs, {ref.name: job.weights(f"{prefix}.{ref.name}") for ref in refs}, job.recipe,
+            streams["calibration"], reference, targets, sequential=job.sequential, experts=job.experts,
+            activations=job.scheme.activations,
+        )  # fmt: skip
+        round_parameters((block.get_parameter(name) for name in changed), job.dtype)
         with quantized_activations(refs, job.scheme.activations):
-            layers, changed = solve_block(
-                shell, index, refs, {ref.name: job.weights(f"{prefix}.{ref.name}") for ref in refs}, job.recipe,
-                streams["calibration"], reference, targets, sequential=job.sequential, experts=job.experts,
-            )  # fmt: skip
-            round_parameters((block.get_parameter(name) for name in changed), job.dtype)
             if not last:
                 streams["calibration"] = advanced("calibration")
                 if targets:

@@ -116,6 +116,14 @@ def test_schemes() -> None:
     assert parse_scheme("w4a16").weights.name == "int4-g128"
     assert parse_scheme("W4A16_ASYM", 64).weights.name == "int4-asym-g64"
     assert parse_scheme("nf4-g64", 32).weights.name == "nf4-g32"
+    assert parse_scheme("mxfp4").activations is None and parse_scheme("mxfp4").weights.name == "mxfp4"
+    for name in ("MXFP4", "NVFP4", "FP8_BLOCK", "W4A4", "W4AFP8"):
+        assert parse_scheme(name).activations is not None
+    pair = parse_scheme("fp4_e2m1-g32/fp8_e4m3-token")
+    assert (pair.weights.name, pair.activations and pair.activations.name) == ("fp4_e2m1-g32", "fp8_e4m3-token")
+    for bad in ("int4-g32/int8-channel", "int4-g32/nf4-g64-dq", "int4-g32/nvfp4_4over6", "int4-g32/lloyd4_fit-token"):
+        with pytest.raises(BadInput, match="activations as"):
+            parse_scheme(bad)
     activations = parse_scheme("FP8_DYNAMIC").activations
     assert activations is not None and activations.name == "fp8_e4m3-token"
     for bad, message in [("W5A5", "unknown scheme 'W5A5'"), ("W4A61", "known: W4A16")]:

@@ -57,7 +57,10 @@ def family(tmp_path_factory: pytest.TempPathFactory):
     return of
 
 
-@pytest.mark.parametrize("options", [FOLDED, EVERYTHING, {"residual": False, "values": False, "online": True}])
+BLOCKS = {"block": 8, "online": True}
+
+
+@pytest.mark.parametrize("options", [FOLDED, EVERYTHING, {"residual": False, "values": False, "online": True}, BLOCKS])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_those_of_the_original(name: str, options: dict[str, Any], family) -> None:
     directory, model = family(name)
@@ -105,8 +108,27 @@ def test_what_a_table_does_not_allow_is_told(family) -> None:
     assert "no table says" in notes("opt")
     assert "8 experts' down_proj are fused" in notes("qwen3_moe", online=True)
     assert "8.2 kB more" in notes("llama") and not notes("llama", residual=False)
+    with pytest.raises(BadInput, match="a power of two"):
+        Rotate(block=12)
     with pytest.raises(BadInput, match="nothing is to be rotated"):
         Rotate(residual=False, values=False)
+
+
+def test_inputs_are_transformed_where_they_are_rounded(family) -> None:
+    source = open_source(family("llama")[0])
+    assert not Rotate().rewrite(source, never).input_hadamard
+    assert Rotate().rewrite(source, never, rounded=True).input_hadamard
+    assert not Rotate(online=False).rewrite(source, never, rounded=True).input_hadamard
+
+
+def test_blocks_stay_among_themselves(family) -> None:
+    source = open_source(family("llama")[0])
+    done = Rotate(block=4, values=False).rewrite(source, never, rounded=True)
+    name = "model.embed_tokens.weight"
+    before, after = source.tensor(name).float(), done.source.tensor(name)
+    norms = [rows.view(len(rows), -1, 4).norm(dim=-1) for rows in (before, after)]
+    torch.testing.assert_close(*norms)
+    assert set(done.input_hadamard.values()) == {(4,)}
 
 
 def test_norms_that_subtract_a_mean_are_refused(family, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,73 @@
+"""Schemes that round both sides: what is measured while quantizing is what the written checkpoint loses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_pipeline import run
+from tiny_runtime_models import byte_tokenizer, llama_with_outliers
+
+from fewbits.evaluation import evaluate
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("dense")
+    llama_with_outliers((3, 40), intermediate_size=192).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("int4-g32/int4-token", "rtn", {}),
+    ("int4-g32/int4-token", "rotate,gptq", {}),
+    ("fp4_e2m1-g32/fp4_e2m1-token", "rtn", {}),
+    ("fp4_e2m1-g32/fp4_e2m1-token", "llm_fp4", {}),
+    ("fp4_fit-channel/fp8_e4m3-token", "llm_fp4", {}),
+    ("MXFP4", "gptq", {}),
+    ("MXFP4", "rotate,gptq", {"rotate.block": 32}),
+    ("NVFP4_4OVER6", "preshift,gptq", {}),
+    ("fp8_block/fp8_e4m3-g64", "rtn", {}),
+]
+
+
+@pytest.fixture(scope="module")
+def losses(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], float]:
+    """(scheme, method) -> KL, each checked against the checkpoint."""
+    found = {}
+    for scheme, method, options in CASES:
+        out = run(dense, tmp_path_factory.mktemp("q") / "q", scheme, method=method, method_options=options)
+        stated = json.loads((out / "certificate.json").read_text())["evaluations"][0]
+        length = stated["text"]["sequence_length"]
+        written = evaluate(str(out), against=str(dense), samples=2, sequence_length=length)
+        assert written.kl is not None
+        # A last bit of x decides which of two levels it takes: noise, but little of it.
+        assert written.kl.mean == pytest.approx(stated["kl"]["mean"], rel=0.1), (scheme, method)
+        found[scheme, method] = stated["kl"]["mean"]
+    return found
+
+
+def test_what_is_measured_is_what_is_written(losses) -> None:
+    assert len(losses) == len({(scheme, method) for scheme, method, _ in CASES})
+
+
+def test_outlier_channels_are_what_the_methods_are_for(losses) -> None:
+    plain = losses["int4-g32/int4-token", "rtn"]
+    assert losses["int4-g32/int4-token", "rotate,gptq"] < 0.6 * plain
+    assert losses["fp4_e2m1-g32/fp4_e2m1-token", "llm_fp4"] < 0.6 * losses["fp4_e2m1-g32/fp4_e2m1-token", "rtn"]
+
+
+def test_shifts_are_seen_on_unrounded_inputs(dense: Path, tmp_path: Path) -> None:
+    """Two channels set the tokens' scales: rounded inputs would be zeros, and a channel of zeros is not shifted."""
+    out = run(dense, tmp_path / "q", "fp4_e2m1-g32/fp4_e2m1-token", method="llm_fp4", checkpoint_format="native")
+    from safetensors.torch import load_file
+
+    name = "model.layers.0.input_layernorm.weight"
+    before, after = load_file(dense / "model.safetensors")[name], load_file(out / "model.safetensors")[name]
+    ratio = after.float() / before
+    assert torch.equal(ratio, torch.exp2(torch.round(torch.log2(ratio))))
+    assert float(ratio.median()) == 8 and set(ratio[[3, 40]].tolist()) == {1.0}
