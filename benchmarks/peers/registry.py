@@ -130,13 +130,28 @@ def _of(row: Row) -> list[Contestant]:
     return found
 
 
+# Learned rounding, and where its bits are best spent: no more than the best peer of the row stores.
+_LEARNED = {"W4 g128": "lloyd4-g96", "W4 g64": "lloyd4-g64", "W3 g64": "lloyd3-g64", "W2 g64": "int2-asym-g96"}
+_THOROUGH = {"iterations": 150, "tokens": 2048}
+
+
 def _ours(row: Row) -> list[Contestant]:
     found = []
-    for method in ("gptq", "rtn"):
-        for kind, zero in (("asym", "-asym"), ("sym", "")):
-            scheme = f"int{row.bits}{zero}-g{row.group_size}"
-            options = {"scheme": scheme, "method": method, "method_options": {}}
-            found.append(Contestant(row=row.name, peer=OURS, label=f"{method.upper()} {kind}", options=options))
+
+    def add(label: str, scheme: str, method: str, copies: int = 0, **method_options: Any) -> None:
+        options: dict[str, Any] = {"scheme": scheme, "method": method, "method_options": method_options}
+        if copies:
+            options["continuations"] = copies
+        found.append(Contestant(row=row.name, peer=OURS, label=label, options=options))
+
+    for kind, zero in (("asym", "-asym"), ("sym", "")):
+        scheme = f"int{row.bits}{zero}-g{row.group_size}"
+        for method in ("gptq", "rtn"):
+            add(f"{method.upper()} {kind}", scheme, method)
+        add(f"GPTAQ {kind}", scheme, "gptaq")
+    best = _LEARNED[row.name]
+    add(f"GPTQ {best}", best, "gptq")
+    add(f"learned {best}", best, "gptq,learned", 3, **_THOROUGH)
     return found
 
 

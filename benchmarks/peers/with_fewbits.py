@@ -13,6 +13,7 @@ import torch
 from contract import finish, job
 from safetensors.torch import load_file
 
+from fewbits.calibration.continuations import continued
 from fewbits.calibration.data import TokenSet, ids_sha256
 from fewbits.nn.qlinear import qlinears
 from fewbits.pipeline.quantize import quantize
@@ -26,6 +27,10 @@ def main() -> None:
             samples, length = work.ids.shape
             about = {"samples": samples, "sequence_length": length, "sha256": digest}
             windows = TokenSet(ids=work.ids, sha256=digest, description=about)
+            if copies := options.get("continuations", 0):
+                original, _ = load(work.model, work.accelerator())
+                windows = continued(original, windows, copies)
+                del original
             out = quantize(
                 str(work.model),
                 options["scheme"],
@@ -49,6 +54,8 @@ def main() -> None:
     parts = {"codes, scales, zero points": certificate["size"]["bits_per_weight"] * weights}
     extra = "".join(f", {name} {value}" for name, value in options["method_options"].items())
     settings = f"{certificate['scheme']['weights']}, {options['method']}{extra}, bfloat16 scales"
+    if copies:
+        extra += f", {copies} continuations of each window by the original"
     finish(work, decoded, parts, ["transformers"], settings, weights)
 
 

@@ -166,7 +166,7 @@ class Lesson:
 
 @dataclass(frozen=True, kw_only=True)
 class Learned:
-    """quantized: of each pupil, in order. before, after: the loss on sequences that were not trained on."""
+    """quantized: of each pupil, in order. before, after: the loss by which the state was chosen."""
 
     quantized: Sequence[Quantized]
     before: float
@@ -174,7 +174,7 @@ class Learned:
 
 
 class Learner(Step, Protocol):
-    """Improves the codes of all linears of a block together; never makes the held loss worse."""
+    """Improves the codes of all linears of a block together; never makes the loss it chooses by worse."""
 
     def sequences(self, samples: int, length: int) -> int:
         """How many of `samples` sequences of `length` tokens go through the block at a time."""

@@ -11,6 +11,7 @@ import typer
 from fewbits.cli.boundary import guarded
 from fewbits.cli.console import message, plus_minus, print_json
 from fewbits.cli.progress import ProgressBar
+from fewbits.cli.text import calibration_text
 from fewbits.core.errors import BadInput
 from fewbits.core.units import bytes_text, duration_text
 
@@ -52,6 +53,9 @@ def quantize(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
+    continuations: Annotated[
+        int, typer.Option(help="Calibration text the original adds: each sequence continued so many times.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Chooses the sequences.")] = 0,
     ignore: Annotated[
         list[str] | None,
@@ -84,7 +88,12 @@ def quantize(
     }
     named = {"act_order": act_order, "damping": damp, "range": range}
     options = {**{name: value for name, value in named.items() if value is not None}, **parse_options(option or [])}
+    text: Any = list(calibration) if calibration else None
     with ProgressBar() as bar:
+        if continuations:
+            settings = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "device": device}
+            text = calibration_text(model, text, continuations, out, report=bar, **settings)
+            del given["samples"], given["sequence_length"]
         path = run(
             model,
             scheme,
@@ -97,7 +106,7 @@ def quantize(
             method_options=options,
             sequential=sequential,
             experts=experts,
-            calibration=list(calibration) if calibration else None,
+            calibration=text,
             seed=seed,
             dtype=dtype,
             device=device,

@@ -98,7 +98,9 @@ def prepare(
     scheme = dataclasses.replace(scheme, weights=scheme.weights.with_scale_dtype(dtype))
     if "lm_head" not in ignore and "lm_head.weight" in source.tied():
         raise Unsupported("lm_head shares its tensor with the embeddings, which stay dense: keep --ignore lm_head")
-    tokens = calibration_tokens(source, text, samples, sequence_length, seed) if recipe.statistics else None
+    tokens = None
+    if recipe.statistics:
+        tokens = calibration_tokens(source, text, samples, sequence_length, seed, learns=bool(recipe.learners))
     probe = None
     if eval_samples:
         texts, described = read_texts(None, split="evaluation")
@@ -116,9 +118,10 @@ def prepare(
 
 
 def calibration_tokens(
-    source: Source, text: TextSpec | TokenSet, samples: int | None, sequence_length: int | None, seed: int
-) -> TokenSet:
-    """Windows of `text` for methods to learn from; None takes the defaults."""
+    source: Source, text: TextSpec | TokenSet, samples: int | None, sequence_length: int | None, seed: int,
+    *, learns: bool = False,
+) -> TokenSet:  # fmt: skip
+    """Windows of `text` for methods to learn from; None takes the defaults, which are more for one that `learns`."""
     if isinstance(text, TokenSet):
         return text
     limit = source.config().get("max_position_embeddings")
@@ -126,7 +129,7 @@ def calibration_tokens(
     texts, described = read_texts(text)
     return pack(
         texts, source.load_tokenizer(), sequence_length=length, seed=seed, max_length=limit, description=described,
-        samples=_default_samples(source, length) if samples is None else samples,
+        samples=_default_samples(source, length, learns) if samples is None else samples,
     )  # fmt: skip
 
 
@@ -144,11 +147,14 @@ def _rewritten(
     return source, inputs, tuple(notes)
 
 
-def _default_samples(source: Source, sequence_length: int) -> int:
-    """Four tokens for every input of the widest linear: fewer leave its Hessian poor, more change little."""
+def _default_samples(source: Source, sequence_length: int, learns: bool) -> int:
+    """Four tokens for every input of the widest linear: fewer leave its Hessian poor, more change little.
+
+    Three times as many for what fits a parameter to each weight: that goes on gaining (LOG.md).
+    """
     sizes = ("hidden_size", "intermediate_size", "moe_intermediate_size")
     widest = max(int(source.config().get(name) or 0) for name in sizes)
-    return max(16, -(-4 * widest // sequence_length))
+    return (3 if learns else 1) * max(16, -(-4 * widest // sequence_length))
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -59,7 +59,7 @@ def page(certificate: Certificate, directory: Path) -> str:
         section(
             "Learned blocks",
             "How far each block's output is from the original's, as a share of its square and the mean over tokens, on "
-            "calibration text that was held back: with the codes of the solver, and with what was learned.",
+            "calibration text: with the codes of the solver, and with what was learned. On other text less is gained.",
             tables.learned(certificate),
         ),
         section(
