@@ -67,6 +67,7 @@ docs: $(STAMP) ## regenerate the tables and figures in README and docs from benc
 	$(PY) benchmarks/make_readme_figure.py
 	$(PY) benchmarks/update_readme.py
 	$(PY) benchmarks/make_peers_page.py
+	$(PY) benchmarks/make_auto_page.py
 	$(PY) docs/make_cli_reference.py
 
 clean: ## remove the environment, caches and the demo's output

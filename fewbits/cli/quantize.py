@@ -35,8 +35,17 @@ def quantize(
     ] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale.")] = None,
     method: Annotated[
-        str, typer.Option(help="Steps, joined by commas (awq,gptq,learned): see `fewbits list methods`.")
+        str,
+        typer.Option(
+            help="Steps, joined by commas (awq,gptq,learned): see `fewbits list methods`. Or auto: the best of some."
+        ),
     ] = "gptq",
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="With --method auto: the time to be done in, trials included. Default: 6.", show_default=False
+        ),
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option("--option", metavar="NAME=VALUE", help="Option of a step, or STEP.NAME=VALUE; may be repeated."),
@@ -103,6 +112,7 @@ def quantize(
             measurements=measurements,
             group_size=group_size,
             method=method,
+            minutes=minutes,
             method_options=options,
             sequential=sequential,
             experts=experts,
@@ -145,6 +155,7 @@ def summarise(out: Path) -> dict[str, Any]:
         "out": str(out),
         "scheme": certificate["scheme"],
         "method": certificate["method"],
+        **({"auto": certificate["auto"]} if "auto" in certificate else {}),
         "bytes": size["bytes"],
         "source_bytes": size["source_bytes"],
         "source_bytes_16bit": size["source_bytes_16bit"],
@@ -175,11 +186,15 @@ def tell(summary: dict[str, Any]) -> None:
     if summary["mean_relative_error"] is not None:
         line += f", mean relative output error {summary['mean_relative_error']:.4f}"
     print(f"{line}, in {duration_text(summary['seconds'])}")
+    if choice := summary.get("auto"):
+        print(choice["why"])
     if found := summary["evaluation"]:
         print(
             f"KL to the original {plus_minus(found['kl'])} nats per token; perplexity "
             f"{plus_minus(found['perplexity'], 2)} (original {plus_minus(found['reference_perplexity'], 2)})"
         )
+    told = summary.get("auto", {}).get("why")
     for fallback in summary["fallbacks"]:
-        print(f"fallback: {fallback}")
+        if fallback != told:
+            print(f"fallback: {fallback}")
     message(f"next: fewbits report {summary['out']}   fewbits generate {summary['out']} 'Hello'")

@@ -57,6 +57,8 @@ def build(
     record = environment()
     experts = coverage.report(layers, job.experts)
     fallbacks = [*job.notes, *sorted({f"{layer['name']}: {note}" for layer in layers for note in layer["notes"]})]
+    if job.choice is not None and job.choice["fallback"]:
+        fallbacks.append(job.choice["why"])
     if experts is not None and experts["few"]:
         fallbacks.append(coverage.sentence(experts))
     return {
@@ -83,6 +85,7 @@ def build(
             **({} if job.plan is None else {"plan": summary(job.plan)}),
         },
         "method": {**job.recipe.describe(), "sequential": job.sequential},
+        **({} if job.choice is None else {"auto": job.choice}),
         "calibration": job.calibration and job.calibration.description,
         "layers": [{key: value for key, value in layer.items() if key != "distribution"} for layer in layers],
         "tensors": tensors,

@@ -20,6 +20,7 @@ from fewbits.checkpoints.base import Source
 from fewbits.checkpoints.source import open_source
 from fewbits.core.errors import BadInput, Unsupported, unknown
 from fewbits.formats import Format, Scheme, parse_format, parse_scheme
+from fewbits.planner import auto
 from fewbits.planner.plan import Plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,7 +31,8 @@ CHECKPOINT_FORMATS = ("auto", "compressed-tensors", "native")
 class Job:
     """Everything that decides the bytes of the output, checked before any work is done.
 
-    plan: formats by layer; `scheme.weights` is then the one that most weights have.
+    plan: formats by layer; `scheme.weights` is then the one that most weights have. question: of `--method auto`;
+    `recipe` is the widest it may take until `choice`, the answer, is there (`answered`).
     """
 
     source: Source
@@ -49,6 +51,17 @@ class Job:
     input_hadamard: dict[str, tuple[int, ...]]  # module on disk -> orders of the transform of its input
     notes: tuple[str, ...]  # of steps that concern the whole model
     plan: Plan | None = None
+    question: auto.Question | None = None
+    choice: dict[str, Any] | None = None
+
+    def answered(self, choice: dict[str, Any]) -> Job:
+        """The job with the composition that `choice` names."""
+        assert self.question is not None
+        found = auto.candidate_called(self.question, choice.get("chosen"))
+        return dataclasses.replace(
+            self, choice=choice, recipe=found.recipe, sequential=found.sequential,
+            calibration=self.calibration if found.recipe.statistics else None,
+        )  # fmt: skip
 
     def weights(self, name: str) -> Format:
         """The format of the linear called `name` in the model."""
@@ -57,13 +70,17 @@ class Job:
         return parse_format(self.plan.layers[name]).with_scale_dtype(self.dtype)
 
     def fingerprint(self) -> dict[str, Any]:
-        """JSON that two runs share exactly when they compute the same tensors."""
+        """JSON that two runs share exactly when they compute the same tensors.
+
+        Of `--method auto` it holds the question, not the answer: the journal keeps that (`Journal.choose`).
+        """
+        method = [self.recipe.name, repr(self.recipe), self.sequential]
         return {
             "journal": 1,
             "source": self.source.identity,
             "scheme": [self.scheme.weights.name, self.scheme.activations and self.scheme.activations.name],
             **({} if self.plan is None else {"plan": self.plan.digest}),
-            "method": [self.recipe.name, repr(self.recipe), self.sequential],
+            "method": method if self.question is None else [auto.NAME, repr(self.question)],
             "experts": self.experts,
             "ignore": list(self.ignore),
             "dtype": str(self.dtype),
@@ -78,12 +95,17 @@ def prepare(
     out: Path, model: str | Path, scheme_name: str, group_size: int | None, method_name: str,
     options: dict[str, Any], text: TextSpec | TokenSet, samples: int | None, sequence_length: int | None, seed: int,
     ignore: tuple[str, ...], dtype_name: str | None, device_name: str | None, checkpoint_format: str,
-    eval_samples: int, sequential: bool, experts: str, plan: Plan | None = None,
+    eval_samples: int, sequential: bool, experts: str, plan: Plan | None = None, minutes: float | None = None,
 ) -> Job:  # fmt: skip
     scheme = parse_scheme(scheme_name, group_size) if plan is None else Scheme(
         name="mixed", weights=parse_format(Counter(plan.layers.values()).most_common(1)[0][0])
     )  # fmt: skip
-    recipe = compose(method_name, options)
+    question = None
+    if auto.NAME in [name.strip() for name in method_name.split(",")]:
+        question = auto.ask(method_name.strip(), minutes, options, sequential=sequential)
+    elif minutes is not None:
+        raise BadInput(f"{minutes:g} minutes given with method {method_name}: they are for method auto, which chooses")
+    recipe = compose(method_name, options) if question is None else question.recipe
     if experts not in POLICIES:
         raise unknown("policy for experts that saw few tokens", experts, POLICIES)
     if checkpoint_format not in CHECKPOINT_FORMATS:
@@ -114,6 +136,7 @@ def prepare(
         source=source, input_hadamard=input_hadamard, notes=notes, out=out.absolute(), scheme=scheme, recipe=recipe,
         sequential=sequential, ignore=ignore, dtype=dtype, device=device, checkpoint_format=checkpoint_format,
         calibration=tokens, probe=probe, seed=seed, experts=experts, plan=plan,
+        question=question,
     )  # fmt: skip
 
 

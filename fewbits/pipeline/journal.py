@@ -1,6 +1,7 @@
 """What lets a killed run continue: one file per finished block, in a hidden directory beside the output.
 
     .OUT.partial/run.json               what is being computed; a different run refuses to continue it
+    .OUT.partial/choice.json            what `--method auto` chose, before anything is quantized
     .OUT.partial/block-00007.safetensors  codes, scales and records of block 7; its presence commits the block
     .OUT.partial/state-00007.safetensors  the hidden states that leave block 7, exact
     .OUT.partial/final/                  the checkpoint being assembled; renamed to OUT when complete
@@ -38,6 +39,7 @@ class Journal:
         self.out = out
         self.directory = out.parent / f".{out.name}.partial"
         self.final = self.directory / "final"
+        self._choice = self.directory / "choice.json"
         self.fingerprint = json.loads(json.dumps(fingerprint))
 
     @contextlib.contextmanager
@@ -57,8 +59,8 @@ class Journal:
     def _claim(self, *, restart: bool) -> None:
         run = self.directory / "run.json"
         if restart:
-            for path in self.directory.glob("*.safetensors"):
-                path.unlink()
+            for path in [*self.directory.glob("*.safetensors"), self._choice]:
+                path.unlink(missing_ok=True)
         elif run.exists():
             before = read_json(run)
             if before != self.fingerprint:
@@ -90,15 +92,30 @@ class Journal:
         self, index: int, tensors: Mapping[str, Tensor], records: Sequence[dict[str, Any]], streams: Streams
     ) -> None:
         """Commits block `index`."""
-        flat = {
-            f"{name}.{position:05}": tensor
-            for name, batches in streams.items()
-            for position, tensor in enumerate(batches)
-        }
-        _write(self._state_path(index), flat)
+        _write(self._state_path(index), _flat(streams))
         _write(self.block_path(index), tensors, {"records": json.dumps(records, allow_nan=False)})
         if index:
             self._state_path(index - 1).unlink(missing_ok=True)
+
+    def rehearse(self, streams: Streams) -> None:
+        """Writes `streams` as `write` would and removes them again, for whoever wants to know how long that takes."""
+        path = self.directory / "rehearsal.safetensors"
+        _write(path, _flat(streams))
+        path.unlink()
+
+    def choice(self) -> dict[str, Any] | None:
+        """What was chosen for this run before it was interrupted."""
+        if self._choice.exists():
+            return read_json(self._choice)
+        if self.finished():
+            raise BadInput(
+                f"{self._choice} is missing, and blocks of this run are there: pass --restart to discard them"
+            )
+        return None
+
+    def choose(self, choice: dict[str, Any]) -> None:
+        """Keeps `choice` for the run, however often it is interrupted."""
+        write_json(self._choice, choice)
 
     def streams(self, index: int) -> Streams:
         """The hidden states that leave block `index`, in the order they were written."""
@@ -119,6 +136,12 @@ class Journal:
             self.out.rmdir()  # only ever an empty directory: anything else was refused at the start
         os.replace(self.final, self.out)
         self.discard()
+
+
+def _flat(streams: Streams) -> dict[str, Tensor]:
+    return {
+        f"{name}.{position:05}": tensor for name, batches in streams.items() for position, tensor in enumerate(batches)
+    }
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -1,12 +1,8 @@
 """`fewbits quantize`: plan, calibrate, quantize, measure, write; one block in memory at a time.
 
-Three streams of hidden states run through the model together:
-
-- *calibration*: the text the methods learn from, through the blocks quantized so far;
-- *original* and *quantized*: held-out text through the original blocks and through the quantized ones.
-
-After the last block, the two held-out streams give logits, so perplexity, KL and top-1 agreement of the very
-model being written are known without ever holding a whole model. They go into the certificate.
+Calibration text and held-out text run through the blocks together (streams.py). After the last block, held-out text
+through the original blocks and through the quantized ones gives logits, so perplexity, KL and top-1 agreement of the
+very model being written are known without ever holding a whole model. They go into the certificate.
 
 A killed run continues where it was (journal.py). The output directory appears by one rename at the end.
 """
@@ -31,15 +27,15 @@ from fewbits.core.units import bytes_text
 from fewbits.formats import Format
 from fewbits.models.walk import linears
 from fewbits.pipeline import certificate, output
-from fewbits.pipeline.block import Layer, quantized_activations, solve_block
+from fewbits.pipeline.auto import choose
+from fewbits.pipeline.block import Layer
 from fewbits.pipeline.job import Job, ignored, prepare
-from fewbits.pipeline.journal import Journal, Streams
+from fewbits.pipeline.journal import Journal
 from fewbits.pipeline.measure import measure
 from fewbits.pipeline.planning import plan as make_plan
-from fewbits.pipeline.shell import ModelShell, check_vocabulary, round_parameters
+from fewbits.pipeline.shell import ModelShell, check_vocabulary
+from fewbits.pipeline.streams import batches, embed, solve_and_advance
 from fewbits.planner.plan import Plan, read_plan
-
-_BATCH_TOKENS = 2048
 
 
 def quantize(
@@ -52,6 +48,7 @@ def quantize(
     measurements: str | Path | None = None,
     group_size: int | None = None,
     method: str | None = "gptq",
+    minutes: float | None = None,
     method_options: dict[str, Any] | None = None,
     calibration: TextSpec | TokenSet = None,
     samples: int | None = None,
@@ -72,7 +69,8 @@ def quantize(
     scheme: an ecosystem name (W4A16, the default, FP8_DYNAMIC) or a format name (nf4-g64); `group_size` resizes its
     groups. In its place bits: an average that a plan is made for first (planning.py), its measurements kept in the file
     `measurements` (OUT.measurements.json) for other budgets; or plan: one made before (file, or `planning.plan`'s).
-    method: see ``fewbits list methods``; `method_options` are its fields (damping, act_order, ...).
+    method: see ``fewbits list methods``; `method_options` are its fields (damping, act_order, ...). "auto" tries some
+    compositions and takes the best that is done in `minutes` (6), trials included (planner/auto.py).
     calibration: text file(s) or a list of strings, default the built-in text; cut into `samples` windows of
     `sequence_length` tokens, chosen by `seed`. Or the windows themselves, which settles those three.
     ignore: module names to leave as they are; "re:" starts a regular expression, * ? are wildcards.
@@ -102,7 +100,7 @@ def quantize(
     job = prepare(
         Path(out), model, scheme or "W4A16", group_size, method or "rtn", method_options or {}, calibration, samples,
         sequence_length, seed, tuple(ignore), dtype, device, checkpoint_format, eval_samples, sequential,
-        experts, plan,
+        experts, plan, minutes,
     )  # fmt: skip
     journal = Journal(job.out, job.fingerprint())
     if certificate.is_of(job.out, journal.fingerprint):
@@ -128,13 +126,6 @@ def _check_output(out: Path) -> None:
         raise BadInput(f"{out} exists and holds something else; choose another output, or remove it first")
 
 
-def _batches(tokens: TokenSet | None) -> list[Tensor]:
-    if tokens is None:
-        return []
-    size = max(1, _BATCH_TOKENS // tokens.ids.shape[1])
-    return list(tokens.ids.split(size))
-
-
 def _run(job: Job, journal: Journal, report: OnProgress, started: float) -> None:
     # What is computed: float32 on a CPU and for sources that hold float32; else the model's own dtype.
     first = job.source.info(next(name for name in job.source.names() if name.endswith(".weight")))
@@ -155,14 +146,21 @@ def _run(job: Job, journal: Journal, report: OnProgress, started: float) -> None
             check_vocabulary(tokens.ids, shell.model.config)
     _check_space(job)
 
+    if job.question is not None:
+        choice = journal.choice()
+        if choice is None:
+            choice = choose(job, shell, chosen, journal, time.time() - started, report)
+            journal.choose(choice)
+        job = job.answered(choice)
+        report(Progress("choose", 1, 1, choice["why"]))
     total = len(shell.blocks)
     done = journal.finished()
     report(Progress("quantize", done, total, f"resumed after block {done}" if done else "embedding the text"))
-    streams = _embed(job, shell)
+    streams = embed(job, shell)
     if done:
         streams |= journal.streams(done - 1)  # a journal does not say that a stream is empty
     for index in range(done, total):
-        layers, changed = _do_block(job, shell, index, chosen[index], streams)
+        layers, changed = solve_and_advance(job, shell, index, chosen[index], streams)
         tensors = {name: tensor for layer in layers for name, tensor in _encoded(layer, job, kind).items()}
         tensors.update(changed)
         records = [layer.record for layer in layers]
@@ -172,7 +170,7 @@ def _run(job: Job, journal: Journal, report: OnProgress, started: float) -> None
     evaluations = []
     if job.probe is not None:
         report(Progress("measure", 0, 1, "held-out text"))
-        pairs = shell.logit_pairs(_batches(job.probe), streams["original"], streams["quantized"], job.dtype)
+        pairs = shell.logit_pairs(batches(job.probe), streams["original"], streams["quantized"], job.dtype)
         evaluations.append(
             measure(job.recipe.name, job.out.name, job.source.path, job.probe, pairs, compute, job.device)
         )
@@ -236,56 +234,6 @@ def _check_space(job: Job) -> None:
         raise FewbitsError(
             f"{parent}: {bytes_text(free)} free, up to {bytes_text(needed)} needed; free space or choose another disk"
         )
-
-
-def _embed(job: Job, shell: ModelShell) -> Streams:
-    streams: Streams = {}
-    with shell.resident_outside(head=False):
-        streams["original"] = shell.embed(_batches(job.probe))
-    # What will be stored rounded is rounded before the quantized model is run on it.
-    with shell.resident_outside(head=False, round_to=job.dtype):
-        streams["quantized"] = shell.embed(_batches(job.probe))
-        streams["calibration"] = shell.embed(_batches(job.calibration))
-    if job.recipe.statistics & {"cross", "reference"}:
-        with shell.resident_outside(head=False):
-            streams["reference"] = shell.embed(_batches(job.calibration))
-            for learner in job.recipe.learners:  # it takes as many sequences at a time as it likes
-                assert job.calibration is not None
-                ids = job.calibration.ids
-                shell.embed([ids[: learner.sequences(*ids.shape)]])
-    return streams
-
-
-def _do_block(
-    job: Job, shell: ModelShell, index: int, refs: list[Ref], streams: Streams
-) -> tuple[list[Layer], dict[str, Tensor]]:
-    """Quantizes block `index` and moves all streams past it, in place; its layers, and other tensors that changed."""
-    prefix, block = shell.blocks[index]
-    last = index + 1 == len(shell.blocks)
-
-    def advanced(name: str) -> list[Tensor]:
-        return [shell.forward(index, hidden).to(hidden.device) for hidden in streams[name]]
-
-    with shell.resident(prefix, block):
-        streams["original"] = advanced("original")
-        reference = streams.get("reference", [])
-        targets = advanced("reference") if reference else []
-        weights = {id(ref.holder) for ref in refs}
-        round_parameters((p for p in block.parameters() if id(p) not in weights), job.dtype)
-        layers, changed = solve_block(
-            shell, index, refs, {ref.name: job.weights(f"{prefix}.{ref.name}") for ref in refs}, job.recipe,
-            streams["calibration"], reference, targets, sequential=job.sequential, experts=job.experts,
-            activations=job.scheme.activations,
-        )  # fmt: skip
-        round_parameters((block.get_parameter(name) for name in changed), job.dtype)
-        with quantized_activations(refs, job.scheme.activations):
-            if not last:
-                streams["calibration"] = advanced("calibration")
-                if targets:
-                    streams["reference"] = targets
-            streams["quantized"] = advanced("quantized")
-    disk = shell.topology.disk_name if shell.topology else (lambda name: name)
-    return layers, {f"{prefix}.{disk(f'.{name}.').strip('.')}": t.to(job.dtype) for name, t in changed.items()}
 
 
 def _encoded(layer: Layer, job: Job, kind: str) -> dict[str, Tensor]:

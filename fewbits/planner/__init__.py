@@ -6,6 +6,7 @@ measurements.py what was measured, on disk, good for any budget
 allocate.py     the choice: an integer programme
 plan.py         a choice on disk, layer by layer
 explain.py      why each group got what it got
+auto.py         which composition of steps, within a time
 
-Nothing here reads or runs a model: the pipeline does (pipeline/planning.py).
+Nothing here reads or runs a model: the pipeline does (pipeline/planning.py, pipeline/auto.py).
 """

@@ -15,7 +15,7 @@ from pathlib import Path
 from fewbits.core.errors import BadInput
 from fewbits.core.record import atomic_path
 from fewbits.core.units import bytes_text
-from fewbits.report import plots, tables
+from fewbits.report import choice, plots, tables
 from fewbits.report.certificate import Certificate, Row, Sample, read_certificate
 from fewbits.report.loading import ways_to_load
 from fewbits.report.words import TIMES, change, esc, plus_minus
@@ -47,6 +47,12 @@ def page(certificate: Certificate, directory: Path) -> str:
     """The whole document."""
     sections = [
         section("Size and accuracy", "", tables.accuracy(certificate)),
+        section(
+            "How the method was chosen",
+            choice.lead(certificate),
+            choice.chart(certificate),
+            choice.candidates(certificate),
+        ),
         section("Error by layer", _error_lead(certificate), plots.error_by_layer(certificate)),
         section(
             "Error by type of layer",

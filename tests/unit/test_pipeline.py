@@ -453,7 +453,8 @@ def test_the_fingerprint_names_all_that_decides_the_bytes() -> None:
     described = {field.name for field in dataclasses.fields(Job)} - {"out", "seed"}
     # `seed` acts through the token windows, whose hash is in the fingerprint; the rest follows from source and recipe.
     described -= {"input_hadamard", "notes"}
+    described -= {"choice"}  # the answer to `question`, kept in the journal
     assert described == {
         "source", "scheme", "recipe", "sequential", "ignore", "dtype", "device",
-        "checkpoint_format", "calibration", "probe", "experts", "plan",
+        "checkpoint_format", "calibration", "probe", "experts", "plan", "question",
     }  # fmt: skip

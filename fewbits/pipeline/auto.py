@@ -1,0 +1,243 @@
+"""Trials for `--method auto`: what each candidate loses on a block of the middle, and how long it takes.
+
+    walk      the text through the original blocks, up to a third of the depth (less where that takes too long)
+    drift     the block before is quantized, so that the next one sees the inputs that quantized blocks leave
+    trial     each candidate on that block, by the code the run itself uses (streams.py)
+    again     the best that fit in time on a block at two thirds of the depth, if there is time
+
+An eighth of the calibration windows is held back: losses are taken there, and a candidate that only fits the rest gains
+nothing. The text that the certificate's evaluation is made on plays no part. What decides is in planner/auto.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fewbits.algorithms.learned import token_loss
+from fewbits.calibration.collect import Ref
+from fewbits.core.errors import FewbitsError
+from fewbits.core.progress import OnProgress, Progress
+from fewbits.core.units import duration_text
+from fewbits.pipeline.job import Job
+from fewbits.pipeline.journal import Journal, Streams
+from fewbits.pipeline.measure import measure
+from fewbits.pipeline.shell import ModelShell
+from fewbits.pipeline.streams import batches, embed, solve_and_advance
+from fewbits.planner.auto import CONTENDERS, FIRST, Candidate, Times, Trials, refuses
+
+_HELD = 8  # every how many windows one is held back
+_WALK = 0.05  # of the budget, to get to the first block that candidates are tried on
+_DRIFT = "gptq"
+Clock = Callable[[], float]
+
+
+def choose(
+    job: Job,
+    shell: ModelShell,
+    chosen: Sequence[Sequence[Ref]],
+    journal: Journal,
+    passed: float,
+    report: OnProgress,
+    clock: Clock = time.perf_counter,
+) -> dict[str, Any]:
+    """The decision (JSON; `Trials.decide`) for `job`, whose question is set. passed: seconds since the run began."""
+    assert job.question is not None
+    began = clock()
+    probe = _Probe(job, shell, chosen, clock)
+    trials = Trials(question=job.question, times=probe.times(journal))
+
+    def now() -> tuple[float, float]:
+        probed = clock() - began
+        return passed + probed, probed
+
+    places = probe.places(_WALK * trials.budget, trials.times.per_pass)
+    if now()[1] < trials.allowance:
+        probe.enter(places[0], _drift(trials, now()))
+        _try_all(trials, probe, now, report)
+    if len(places) > 1 and trials.losses:
+        _try_again(trials, probe, places[1], now, report)
+    return trials.decide(*now())
+
+
+def _drift(trials: Trials, now: tuple[float, float]) -> Candidate:
+    """What the block before is quantized with: GPTQ, or rounding where even that takes too long."""
+    found = {candidate.name: candidate for candidate in trials.question.candidates}
+    return found[FIRST] if trials.why_not(found[_DRIFT], *now) else found[_DRIFT]
+
+
+def _try_all(trials: Trials, probe: _Probe, now: Callable[[], tuple[float, float]], report: OnProgress) -> None:
+    candidates = trials.question.candidates
+    for position, candidate in enumerate(candidates):
+        reason = probe.refuses(candidate) or trials.why_not(candidate, *now())
+        if reason is None:
+            _try(trials, probe, candidate)
+        else:
+            trials.drop(candidate, reason)
+        report(Progress("try", position + 1, len(candidates), _note(trials, candidate)))
+
+
+def _try(trials: Trials, probe: _Probe, candidate: Candidate) -> None:
+    try:
+        loss, seconds = probe.trial(candidate)
+    except FewbitsError as error:
+        if candidate.name == FIRST:
+            raise  # the model or the format is at fault, not the candidate
+        trials.drop(candidate, str(error))
+    else:
+        trials.add(candidate, probe.index, loss, seconds)
+
+
+def _note(trials: Trials, candidate: Candidate) -> str:
+    if candidate.name not in trials.losses:
+        return f"{candidate.name}: {trials.reasons[candidate.name]}"
+    seconds = duration_text(trials.block_seconds(candidate))
+    return f"{candidate.name}: {trials.ratio(candidate):.3f} of rounding's loss, {seconds} a block"
+
+
+def _try_again(
+    trials: Trials, probe: _Probe, place: int, now: Callable[[], tuple[float, float]], report: OnProgress
+) -> None:
+    """The best so far on a second block, if all of them can be done in what is left for trials."""
+    passed, probed = now()
+    first = trials.question.candidates[0]
+    best = [each for each in trials.fitting(passed) if each.name != FIRST][:CONTENDERS]
+    drift = _drift(trials, (passed, probed))
+    needed = trials.times.per_pass * (place - probe.walked) + sum(map(trials.block_seconds, [first, drift, *best]))
+    if len(best) < 2 or probed + needed > trials.allowance:
+        return
+    probe.enter(place, drift)
+    for position, candidate in enumerate([first, *best]):
+        _try(trials, probe, candidate)
+        report(Progress("try again", position + 1, len(best) + 1, _note(trials, candidate)))
+
+
+class _Probe:
+    """The model as far as it was walked, and the streams that enter the block `index` of the trials."""
+
+    def __init__(self, job: Job, shell: ModelShell, chosen: Sequence[Sequence[Ref]], clock: Clock) -> None:
+        assert job.calibration is not None and job.question is not None
+        self.first = job.question.candidates[0]
+        self.real, self.shell, self.chosen, self.clock = job, shell, chosen, clock
+        ids = job.calibration.ids
+        held = torch.arange(len(ids)) % _HELD == 0
+        kept = ids if len(ids) == 1 else ids[~held]
+        self.job = dataclasses.replace(
+            job,
+            calibration=dataclasses.replace(job.calibration, ids=kept),
+            probe=dataclasses.replace(job.calibration, ids=ids[held]),
+        )
+        began = clock()
+        streams = embed(self.job, shell)
+        self.embedding = clock() - began
+        # Behind original blocks both streams of a text are one.
+        self.plain: Streams = {name: streams[name] for name in ("reference", "original")}
+        self.walked = 0
+        self.index = -1
+        self.streams: Streams = {}
+
+    def times(self, journal: Journal) -> Times:
+        """What a run takes beside its trials, from one sample of each: a pass, a measured window, a state on disk."""
+        real, used, held = self.real, self.job.calibration, self.job.probe
+        assert real.calibration is not None and used is not None and held is not None
+        evaluated = 0 if real.probe is None else real.probe.tokens
+        per_token = self._forward() / held.tokens
+        writing = self._timed(lambda: journal.rehearse(self.plain))
+        state = sum(tensor.nbytes for part in self.plain.values() for tensor in part)
+        per_window, loading = (self._measure() if evaluated else 0.0), self._timed(self._load_head)
+        measuring = loading + max(0.0, per_window - loading) * evaluated / held.ids.shape[1]
+        length = used.ids.shape[1]
+        learner = self.job.recipe.learners[0]
+        return Times(
+            fixed=self.embedding + measuring + 2 * real.source.nbytes * writing / state,  # codes are written twice
+            extra=per_token * (2 * (evaluated - held.tokens) + 3 * (real.calibration.tokens - used.tokens))
+            + writing * 2 * (real.calibration.tokens + evaluated) / (used.tokens + held.tokens),
+            per_pass=per_token * used.tokens,
+            per_iteration=3 * per_token * learner.sequences(len(used.ids), length) * length,
+            blocks=sum(1 for refs in self.chosen if refs),
+        )
+
+    def _timed(self, work: Callable[[], object]) -> float:
+        began = self.clock()
+        work()
+        return self.clock() - began
+
+    def _forward(self) -> float:
+        """Seconds of the held-out text through a block, at its second time."""
+        prefix, block = self.shell.blocks[0]
+
+        def run() -> float:
+            return float(sum(self.shell.forward(0, hidden).float().sum() for hidden in self.plain["original"]))
+
+        with self.shell.resident(prefix, block):
+            run()
+            return self._timed(run)
+
+    def _load_head(self) -> None:
+        with self.shell.resident_outside(head=True):
+            pass
+
+    def _measure(self) -> float:
+        """Seconds of the measurement of one window, whatever its hidden states."""
+        assert self.job.probe is not None
+        window = dataclasses.replace(self.job.probe, ids=self.job.probe.ids[:1])
+        hidden = [self.plain["original"][0][:1]]
+        pairs = self.shell.logit_pairs(batches(window), hidden, hidden, self.job.dtype)
+        return self._timed(lambda: measure("", "", "", window, pairs, self.shell.dtype, self.shell.device))
+
+    def places(self, seconds: float, per_pass: float) -> list[int]:
+        """The blocks to try on: at a third of the depth, or as far as `seconds` go, and at two thirds."""
+        usable = [index for index, refs in enumerate(self.chosen) if refs]
+        near = [index for index in usable[: len(usable) // 3 + 1] if index * per_pass <= seconds]
+        first = near[-1] if near else usable[0]
+        second = usable[2 * len(usable) // 3]
+        return [first] if second <= first else [first, second]
+
+    def enter(self, place: int, drift: Candidate) -> None:
+        """Walks on until the streams enter block `place`, the block before it quantized by `drift`."""
+        while self.walked < place - 1:
+            with self.shell.resident(*self.shell.blocks[self.walked]):
+                for name, hidden in self.plain.items():
+                    self.plain[name] = [self.shell.forward(self.walked, h).to(h.device) for h in hidden]
+            self.walked += 1
+        self.index = place
+        for candidate in (drift, self.first):
+            self.streams = {**self.plain, "calibration": self.plain["reference"], "quantized": self.plain["original"]}
+            try:
+                if place:
+                    self._solve(candidate, place - 1, self.streams)
+                return
+            except FewbitsError:  # told where the candidate is tried itself
+                if candidate is self.first:
+                    raise
+
+    def trial(self, candidate: Candidate) -> tuple[float, float]:
+        """Loss on the text held back, and seconds, of block `index`."""
+        began = self.clock()
+        needs = candidate.recipe.statistics
+        streams = dict(self.streams)
+        if not needs:
+            streams["calibration"] = []
+        if not needs & {"cross", "reference"}:
+            streams["reference"] = []
+        self._solve(candidate, self.index, streams)
+        losses = [token_loss(*pair) for pair in zip(streams["quantized"], streams["original"], strict=True)]
+        loss = float(torch.cat([each.flatten() for each in losses]).double().mean())
+        seconds = self.clock() - began
+        if not math.isfinite(loss):
+            raise FewbitsError(f"its outputs in block {self.index} are NaN or infinite")
+        return loss, seconds
+
+    def _solve(self, candidate: Candidate, index: int, streams: Streams) -> None:
+        job = dataclasses.replace(self.job, recipe=candidate.recipe, sequential=candidate.sequential)
+        solve_and_advance(job, self.shell, index, self.chosen[index], streams)
+
+    def refuses(self, candidate: Candidate) -> str | None:
+        prefix = self.shell.blocks[self.index][0]
+        formats = [self.real.weights(f"{prefix}.{ref.name}") for ref in self.chosen[self.index]]
+        return refuses(candidate, formats, known_family=self.shell.topology is not None)
