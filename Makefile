@@ -68,6 +68,7 @@ docs: $(STAMP) ## regenerate the tables and figures in README and docs from benc
 	$(PY) benchmarks/update_readme.py
 	$(PY) benchmarks/make_peers_page.py
 	$(PY) benchmarks/make_auto_page.py
+	$(PY) benchmarks/make_mixed_page.py
 	$(PY) docs/make_cli_reference.py
 
 clean: ## remove the environment, caches and the demo's output
