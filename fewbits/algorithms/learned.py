@@ -30,11 +30,11 @@ narrow block, steps of 1 / iterations flip more codes than are wrong.
 *Tokens.* Every block reads its input through a normalisation, which divides by |y_t|: so does the loss. In plain
 squares a single attention sink of magnitude 26,000 would be all of it.
 
-*Choice.* A check looks at the loss of some of the sequences and the best state seen is taken; the start is one of them. The
-loss on calibration text falls far more than that on other text: there are more offsets than outputs to fit them to.
-More text is what helps most (calibration/continuations.py makes some). `held` keeps a share of the sequences out of
-training to choose by them instead; on 16 sequences of the demo model that cost more (3 bits: KL .246) than it brought
-(.229 without), because a quarter less text was learned from.
+*Choice.* A check looks at the loss of some of the sequences and the best state seen is taken; the start is one of
+them. The loss on calibration text falls far more than that on other text: there are more offsets than outputs to fit
+them to. More text is what helps most (calibration/continuations.py makes some). `held` keeps a share of the sequences
+out of training to choose by them instead; on 16 sequences of the demo model that cost more (3 bits: KL .246) than it
+brought (.229 without), because a quarter less text was learned from.
 
 Compared with the paper: codes start from any solver; factors scale the grid as it stands and leave zero points alone
 (there: factors of minimum and maximum); tokens are normalised; the best of several states is taken.

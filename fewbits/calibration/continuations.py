@@ -6,8 +6,8 @@ in it, chosen at random, and the rest is drawn token by token from the model's o
 nothing cut off. So the text stays in the domain of what was given, and no other text is needed.
 
 Trade-off: a forward pass for each token, once; and what the model writes is less varied than what people write. On 16
-windows of the embedded model (lloyd3-g64, gptq,learned) the KL to the original on other text fell from .220 to .178 with
-three copies. More real text, where there is some, is better still (LOG.md).
+windows of the embedded model (lloyd3-g64, gptq,learned) the KL to the original on other text fell from .220 to .178
+with three copies. More real text, where there is some, is better still (LOG.md).
 
 Where windows begin with the same token it is the tokenizer's BOS, and stays at the head of every copy.
 
