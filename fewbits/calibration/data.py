@@ -57,6 +57,15 @@ class TokenSet:
     def tokens(self) -> int:
         return self.ids.numel()
 
+    def every(self, step: int) -> TokenSet:
+        """Each `step`-th window."""
+        if step == 1:
+            return self
+        ids = self.ids[::step]
+        digest = ids_sha256(ids)
+        told = {"tokens": ids.numel(), "samples": len(ids), "sha256": digest}
+        return TokenSet(ids=ids, sha256=digest, description={**self.description, **told})
+
 
 def builtin_text() -> list[str]:
     """Every topic of the running CPython's reference manual, ordered by name."""

@@ -6,7 +6,9 @@
     again     the best that fit in time on a block at two thirds of the depth, if there is time
 
 An eighth of the calibration windows is held back: losses are taken there, and a candidate that only fits the rest gains
-nothing. The text that the certificate's evaluation is made on plays no part. What decides is in planner/auto.py.
+nothing. Learning is given three times the text of the others by default, here as in the run itself; where no learning
+can be done in time, only the others' text is walked with. The text that the certificate's evaluation is made on plays
+no part. What decides is in planner/auto.py.
 """
 
 from __future__ import annotations
@@ -56,7 +58,10 @@ def choose(
         probed = clock() - began
         return passed + probed, probed
 
-    places = probe.places(_WALK * trials.budget, trials.times.per_pass)
+    learners = [candidate for candidate in job.question.candidates if candidate.iterations]
+    if all(trials.why_not(candidate, *now()) for candidate in learners):
+        probe.thin_out()
+    places = probe.places(_WALK * trials.budget, probe.thin * trials.times.per_pass)
     if now()[1] < trials.allowance:
         probe.enter(places[0], _drift(trials, now()))
         _try_all(trials, probe, now, report)
@@ -108,7 +113,8 @@ def _try_again(
     first = trials.question.candidates[0]
     best = [each for each in trials.fitting(passed) if each.name != FIRST][:CONTENDERS]
     drift = _drift(trials, (passed, probed))
-    needed = trials.times.per_pass * (place - probe.walked) + sum(map(trials.block_seconds, [first, drift, *best]))
+    walk = trials.times.per_pass * probe.thin * (place - probe.walked)
+    needed = walk + sum(map(trials.block_seconds, [first, drift, *best]))
     if len(best) < 2 or probed + needed > trials.allowance:
         return
     probe.enter(place, drift)
@@ -137,6 +143,7 @@ class _Probe:
         self.embedding = clock() - began
         # Behind original blocks both streams of a text are one.
         self.plain: Streams = {name: streams[name] for name in ("reference", "original")}
+        self.thin = job.question.thin
         self.walked = 0
         self.index = -1
         self.streams: Streams = {}
@@ -153,11 +160,17 @@ class _Probe:
         measuring = loading + max(0.0, per_window - loading) * evaluated / held.ids.shape[1]
         length = used.ids.shape[1]
         learner = self.job.recipe.learners[0]
+
+        def beside(thin: int) -> float:
+            missing = (real.calibration.tokens - used.tokens) / thin  # it is collected, quantized and original
+            stored = 2 * (real.calibration.tokens / thin + evaluated) / (used.tokens + held.tokens)
+            return per_token * (2 * (evaluated - held.tokens) + 3 * missing) + writing * stored
+
         return Times(
             fixed=self.embedding + measuring + 2 * real.source.nbytes * writing / state,  # codes are written twice
-            extra=per_token * (2 * (evaluated - held.tokens) + 3 * (real.calibration.tokens - used.tokens))
-            + writing * 2 * (real.calibration.tokens + evaluated) / (used.tokens + held.tokens),
-            per_pass=per_token * used.tokens,
+            extra=beside(self.thin),
+            learned=beside(1),
+            per_pass=per_token * used.tokens / self.thin,
             per_iteration=3 * per_token * learner.sequences(len(used.ids), length) * length,
             blocks=sum(1 for refs in self.chosen if refs),
         )
@@ -198,6 +211,11 @@ class _Probe:
         second = usable[2 * len(usable) // 3]
         return [first] if second <= first else [first, second]
 
+    def thin_out(self) -> None:
+        """Leaves only the text of candidates that learn nothing."""
+        self.plain["reference"] = self.plain["reference"][:: self.thin]
+        self.thin = 1
+
     def enter(self, place: int, drift: Candidate) -> None:
         """Walks on until the streams enter block `place`, the block before it quantized by `drift`."""
         while self.walked < place - 1:
@@ -225,6 +243,8 @@ class _Probe:
             streams["calibration"] = []
         if not needs & {"cross", "reference"}:
             streams["reference"] = []
+        if not candidate.iterations:
+            streams |= {name: streams[name][:: self.thin] for name in ("calibration", "reference")}
         self._solve(candidate, self.index, streams)
         losses = [token_loss(*pair) for pair in zip(streams["quantized"], streams["original"], strict=True)]
         loss = float(torch.cat([each.flatten() for each in losses]).double().mean())

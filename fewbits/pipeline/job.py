@@ -24,6 +24,7 @@ from fewbits.planner import auto
 from fewbits.planner.plan import Plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LEARNED_TEXT = 3  # times the windows, by default, for methods that learn
 CHECKPOINT_FORMATS = ("auto", "compressed-tensors", "native")
 
 
@@ -58,10 +59,12 @@ class Job:
         """The job with the composition that `choice` names."""
         assert self.question is not None
         found = auto.candidate_called(self.question, choice.get("chosen"))
+        text = self.calibration if found.recipe.statistics else None
+        if text is not None and not found.recipe.learners:
+            text = text.every(self.question.thin)
         return dataclasses.replace(
-            self, choice=choice, recipe=found.recipe, sequential=found.sequential,
-            calibration=self.calibration if found.recipe.statistics else None,
-        )  # fmt: skip
+            self, choice=choice, recipe=found.recipe, sequential=found.sequential, calibration=text
+        )
 
     def weights(self, name: str) -> Format:
         """The format of the linear called `name` in the model."""
@@ -101,8 +104,9 @@ def prepare(
         name="mixed", weights=parse_format(Counter(plan.layers.values()).most_common(1)[0][0])
     )  # fmt: skip
     question = None
+    thin = LEARNED_TEXT if samples is None and not isinstance(text, TokenSet) else 1
     if auto.NAME in [name.strip() for name in method_name.split(",")]:
-        question = auto.ask(method_name.strip(), minutes, options, sequential=sequential)
+        question = auto.ask(method_name.strip(), minutes, options, sequential=sequential, thin=thin)
     elif minutes is not None:
         raise BadInput(f"{minutes:g} minutes given with method {method_name}: they are for method auto, which chooses")
     recipe = compose(method_name, options) if question is None else question.recipe
@@ -177,7 +181,7 @@ def _default_samples(source: Source, sequence_length: int, learns: bool) -> int:
     """
     sizes = ("hidden_size", "intermediate_size", "moe_intermediate_size")
     widest = max(int(source.config().get(name) or 0) for name in sizes)
-    return (3 if learns else 1) * max(16, -(-4 * widest // sequence_length))
+    return (LEARNED_TEXT if learns else 1) * max(16, -(-4 * widest // sequence_length))
 
 
 def choose_device(name: str | None) -> torch.device:

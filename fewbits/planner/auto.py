@@ -15,7 +15,7 @@ the whole. A forecast is a lower bound: the time of the candidate that is contai
 add, and three forwards for an iteration of learning; once some learning was timed, a line through the times.
 
 The least loss that fits is taken, the fastest of those within TIE of it. What auto does not try: rotations (the
-checkpoint loads in fewbits only), other formats (`fewbits plan` does), more text.
+checkpoint loads in fewbits only), other formats (`fewbits plan` does), other text.
 """
 
 from __future__ import annotations
@@ -81,10 +81,12 @@ FIRST = CANDIDATES[0].name  # what is left where nothing fits, and what losses a
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is to be chosen, and within which time, in minutes."""
+    """What is to be chosen, and within which time, in minutes. thin: every how many windows of the calibration text go
+    to candidates that learn nothing, for which fewer are enough."""
 
     minutes: float
     candidates: tuple[Candidate, ...]
+    thin: int = 1
 
     @property
     def recipe(self) -> Recipe:
@@ -92,7 +94,7 @@ class Question:
         return self.candidates[-1].recipe
 
 
-def ask(method: str, minutes: float | None, options: Mapping[str, Any], *, sequential: bool) -> Question:
+def ask(method: str, minutes: float | None, options: Mapping[str, Any], *, sequential: bool, thin: int = 1) -> Question:
     """The question that `--method auto` poses; BadInput for what it cannot be combined with."""
     if method != NAME:
         raise BadInput(f"method {method}: auto chooses all steps; name it alone, or name the steps yourself")
@@ -101,7 +103,7 @@ def ask(method: str, minutes: float | None, options: Mapping[str, Any], *, seque
     found = MINUTES if minutes is None else minutes
     if not (math.isfinite(found) and found > 0):
         raise BadInput(f"{found:g} minutes; a time above 0 is needed, e.g. --minutes {MINUTES:g}")
-    return Question(minutes=found, candidates=_with_options(options))
+    return Question(minutes=found, candidates=_with_options(options), thin=thin)
 
 
 def _with_options(options: Mapping[str, Any]) -> tuple[Candidate, ...]:
@@ -144,11 +146,13 @@ def refuses(candidate: Candidate, formats: Iterable[Format], *, known_family: bo
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """Seconds known before anything is tried. fixed: once a run; extra: for a block, beside a trial; per_pass: of the
-    calibration text through a block; per_iteration: of learning, at the least; blocks: how many are quantized."""
+    """Seconds known before anything is tried. fixed: once a run; extra: for a block, beside a trial, and learned: that
+    where something is learned; per_pass: of the text of those that learn nothing through a block; per_iteration: of
+    learning, at the least; blocks: how many are quantized."""
 
     fixed: float
     extra: float
+    learned: float
     per_pass: float
     per_iteration: float
     blocks: int
@@ -182,9 +186,10 @@ class Trials:
         self.losses.pop(candidate.name, None)
         self.reasons[candidate.name] = reason
 
-    def total(self, seconds: float, passed: float) -> float:
-        """How long the whole run takes, at `seconds` a block and with `passed` behind it."""
-        return passed + MARGIN * (self.times.fixed + self.times.blocks * (seconds + self.times.extra))
+    def total(self, candidate: Candidate, passed: float) -> float:
+        """How long the whole run takes, with `passed` seconds behind it."""
+        seconds = self.block_seconds(candidate) + (self.times.learned if candidate.iterations else self.times.extra)
+        return passed + MARGIN * (self.times.fixed + self.times.blocks * seconds)
 
     def block_seconds(self, candidate: Candidate) -> float:
         """Of a block, measured if it was, else at the least."""
@@ -194,20 +199,23 @@ class Trials:
         least = 0.0 if base is None else self.block_seconds(base)
         if not candidate.iterations:
             return least + candidate.passes * self.times.per_pass
+        # The original's pass over all of the text, and two of ours over what others do without.
+        thin = self.question.thin
+        least += (candidate.passes * thin + 2 * (thin - 1)) * self.times.per_pass
         timed = {0: least} | {
             other.iterations: self.block_seconds(other)
             for other in self.question.candidates
             if other.iterations and other.method == candidate.method and other.name in self.seconds
         }
         if len(timed) == 1:
-            return least + candidate.passes * self.times.per_pass + candidate.iterations * self.times.per_iteration
+            return least + candidate.iterations * self.times.per_iteration
         (n1, t1), (n2, t2) = sorted(timed.items())[-2:]
         return t2 + (candidate.iterations - n2) * max(0.0, t2 - t1) / (n2 - n1)
 
     def why_not(self, candidate: Candidate, passed: float, probed: float) -> str | None:
         """Why `candidate` is not to be tried, `passed` seconds into the run, `probed` of them on trials; or None."""
         seconds = self.block_seconds(candidate)
-        if candidate.name != FIRST and (whole := self.total(seconds, passed + seconds)) > self.budget:
+        if candidate.name != FIRST and (whole := self.total(candidate, passed + seconds)) > self.budget:
             return f"not tried: it would take {duration_text(whole)} or more"
         left = self.allowance - probed
         if seconds > left or left <= 0:
@@ -220,7 +228,7 @@ class Trials:
     def fitting(self, passed: float) -> list[Candidate]:
         """Those tried whose run fits, least loss first."""
         tried = [candidate for candidate in self.question.candidates if candidate.name in self.losses]
-        fit = [each for each in tried if self.total(self.block_seconds(each), passed) <= self.budget]
+        fit = [each for each in tried if self.total(each, passed) <= self.budget]
         return sorted(fit, key=lambda each: (-len(self.losses[each.name]), self.ratio(each)))
 
     def ratio(self, candidate: Candidate) -> float:
@@ -236,7 +244,7 @@ class Trials:
         most = [each for each in fit if len(self.losses[each.name]) == len(self.losses[fit[0].name])]
         best = [each for each in most if self.ratio(each) <= (1 + TIE) * self.ratio(most[0])]
         chosen = min(best, key=self.block_seconds, default=self.question.candidates[0])
-        predicted = self.total(self.block_seconds(chosen), passed)
+        predicted = self.total(chosen, passed)
         return {
             "minutes": self.question.minutes,
             "chosen": chosen.name,
@@ -252,8 +260,7 @@ class Trials:
 
     def _entry(self, candidate: Candidate, passed: float, chosen: Candidate) -> dict[str, Any]:
         tried = candidate.name in self.losses
-        seconds = self.block_seconds(candidate)
-        total = self.total(seconds, passed)
+        seconds, total = self.block_seconds(candidate), self.total(candidate, passed)
         return {
             "name": candidate.name,
             "method": candidate.method,

@@ -25,7 +25,7 @@ from fewbits.planner import auto
 from fewbits.planner.auto import CANDIDATES, FIRST, Candidate, Question, Times, Trials, ask, refuses
 
 LAYERS = 4
-TIMES = Times(fixed=10, extra=0.5, per_pass=0.5, per_iteration=0.1, blocks=10)
+TIMES = Times(fixed=10, extra=0.5, learned=0.5, per_pass=0.5, per_iteration=0.1, blocks=10)
 
 
 class Clock:
@@ -76,7 +76,11 @@ def test_every_candidate_is_a_composition_of_registered_steps() -> None:
 
 
 def test_the_whole_run_is_blocks_and_what_is_beside_them_with_a_margin() -> None:
-    assert trials(6).total(2.0, 30.0) == pytest.approx(30 + 1.15 * (10 + 10 * (2.0 + 0.5)))
+    made = trials(6, gptq=(0.4, 2.0))
+    made.times = dataclasses.replace(TIMES, learned=0.9)
+    assert made.total(called("gptq"), 30.0) == pytest.approx(30 + 1.15 * (10 + 10 * (2.0 + 0.5)))
+    made.add(called("gptq,refine,learned 25"), 3, 0.3, 8.0)
+    assert made.total(called("gptq,refine,learned 25"), 30.0) == pytest.approx(30 + 1.15 * (10 + 10 * (8.0 + 0.9)))
 
 
 def test_the_least_loss_that_fits_is_chosen() -> None:
@@ -123,11 +127,19 @@ def test_nothing_is_tried_that_cannot_fit() -> None:
     # A lower bound: the solution it starts from, a pass for the targets, three forwards an iteration.
     assert made.block_seconds(learned[100]) == pytest.approx(3 + 0.5 + 100 * 0.1)
     assert made.why_not(learned[100], 30.0, 10.0) is None
-    made.add(learned[25], 3, 0.25, 3 + 25 * 0.4)
-    assert made.block_seconds(learned[100]) == pytest.approx(3 + 100 * 0.4), "timed once: on the line"
-    assert "it would take 9m45s" in str(made.why_not(learned[100], 30.0, 10.0))
-    made.add(learned[50], 3, 0.25, 3 + 25 * 0.4 + 25 * 0.2)
-    assert made.block_seconds(learned[100]) == pytest.approx(3 + 25 * 0.4 + 75 * 0.2), "by the last two"
+    made.add(learned[25], 3, 0.25, 3.5 + 25 * 0.4)
+    assert made.block_seconds(learned[100]) == pytest.approx(3.5 + 100 * 0.4), "timed once: on the line"
+    assert "it would take 9m51s" in str(made.why_not(learned[100], 30.0, 10.0))
+    made.add(learned[50], 3, 0.25, 3.5 + 25 * 0.4 + 25 * 0.2)
+    assert made.block_seconds(learned[100]) == pytest.approx(3.5 + 25 * 0.4 + 75 * 0.2), "by the last two"
+
+
+def test_learning_has_more_text_and_that_takes_time() -> None:
+    made = trials(6)
+    made.add(called("gptq,refine"), 3, 0.3, 3.0)
+    made.question = dataclasses.replace(made.question, thin=3)
+    assert made.block_seconds(called("gptq,refine,learned 50")) == pytest.approx(3 + (3 + 2 * 2) * 0.5 + 50 * 0.1)
+    assert made.block_seconds(called("gptaq,refine")) == pytest.approx(3.5)
 
 
 def test_trials_end_with_their_share_of_the_time() -> None:
@@ -175,7 +187,9 @@ def watch(patch: pytest.MonkeyPatch) -> Clock:
         return solve(dataclasses.replace(job, recipe=_quick(job.recipe)), *args)
 
     def known(probe: Any, *args: Any) -> Times:
-        return dataclasses.replace(times(probe, *args), fixed=2.0, extra=0.1, per_pass=0.1, per_iteration=0.4)
+        return dataclasses.replace(
+            times(probe, *args), fixed=2.0, extra=0.1, learned=0.1, per_pass=0.1, per_iteration=0.4
+        )
 
     patch.setattr(trials_module, "solve_and_advance", solve_and_advance)
     patch.setattr(trials_module._Probe, "times", known)
@@ -311,6 +325,21 @@ def test_activations_and_plans_are_measured_as_they_will_run(dense: Path, tmp_pa
     pytest.importorskip("scipy")
     found = certificate(run(dense, tmp_path / "bits", None, **SMALL, minutes=1, bits=4.2, group_size=32))  # type: ignore[arg-type]
     assert found["auto"]["chosen"] and len({layer["format"] for layer in found["layers"]}) > 1
+
+
+@pytest.mark.parametrize(("minutes", "windows"), [(1.0, 20), (10.0, 60)])
+def test_the_text_is_that_of_the_method_taken(
+    dense: Path, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, minutes: float, windows: int
+) -> None:
+    """By default learning has three times the text; what is taken has what it would have had if it were named."""
+    if minutes > 1:  # learning is to be best here
+        monkeypatch.setattr(auto, "TIE", 0.0)
+        monkeypatch.setattr(Trials, "ratio", lambda self, each: 1 / (1 + (each.iterations or 0)))
+    given = {**SMALL, "samples": None, "sequence_length": 32}
+    found = certificate(run(dense, tmp_path / "q", SCHEME, **given, minutes=minutes))
+    assert ("learned" in found["method"]["name"]) == (minutes > 1)
+    assert found["calibration"]["samples"] == windows
+    assert found["calibration"]["tokens"] == windows * 32
 
 
 # ---- interruptions
