@@ -1,8 +1,9 @@
 """Range search: shrink each block's range where clipping a few large weights pays for a finer step.
 
-For every block, candidates p in linspace(1, 1 - max_shrink, steps) scale its [min, max]; the one with the
-smallest  sum_j importance_j * |w_j - snap(w_j)|^norm  is kept. With norm 2.4 and no importance this is
-GPTQ's `mse` option; with importance = diag(H) the error counts where inputs are large.
+For every block, candidates p in linspace(1, 1 - max_shrink, steps), and what the format names besides (four-over-six:
+1.5, its largest weight on 4), scale its [min, max]; the one with the smallest
+sum_j importance_j * |w_j - snap(w_j)|^norm  is kept. With norm 2.4 and no importance this is GPTQ's `mse` option; with
+importance = diag(H) the error counts where inputs are large.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class RangeSearch:
         if importance is not None:
             weights = format.blocks(importance[None].to(blocks.dtype).expand_as(weight))
         low, high = torch.aminmax(blocks, dim=-1)
-        factors = torch.linspace(1, 1 - self.max_shrink, self.steps + 1).tolist()
+        factors = [*torch.linspace(1, 1 - self.max_shrink, self.steps + 1).tolist(), *format.wider]
         low, high, _ = best_factor(blocks, (low, high), factors, format, weights, self.norm)
         return format.params_from_range(low, high)
 

@@ -52,7 +52,7 @@ class LLMFP4:
         hessian = need_hessian(inputs, "llm_fp4", name).float()
         format.check(weight, name)
         weight = weight.float()
-        factors = self.factors()
+        factors = [*self.factors(), *format.wider]
         choices = list(format.choices(weight, hessian.diagonal()))
         coarse = factors[::3] if len(choices) > 1 else []
         chosen = min(choices, key=lambda made: float(self._search(weight, made, hessian, coarse)[1].sum()))

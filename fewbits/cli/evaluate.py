@@ -63,6 +63,8 @@ def tell(result: dict[str, Any]) -> None:
     rows = [("perplexity", plus_minus(result["perplexity"], 3))]
     if result.get("reference_perplexity"):
         rows.append(("perplexity of the original", plus_minus(result["reference_perplexity"], 3)))
+    if result.get("lost"):
+        rows.append(("  logarithm of their ratio, nats per token", plus_minus(result["lost"])))
     if kl := result.get("kl"):
         rows.append(("KL(original || model), nats per token", plus_minus(kl)))
         rows.append(("  median, 99th percentile", f"{kl['median']:.4f}, {kl['p99']:.4f}"))

@@ -138,6 +138,7 @@ def _measure(
         reference_perplexity=perplexity(block_estimate(reference.nll)) if reference is not None else None,
         kl=divergence(scores.kl) if compared else None,
         top1=block_estimate(scores.top1) if compared else None,
+        lost=block_estimate(scores.nll - reference.nll) if reference is not None else None,
         kl_by_position=by_position(scores.kl) if compared else (),
         text=tokens.description,
         seconds=round(time.monotonic() - began, 3),

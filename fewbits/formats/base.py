@@ -151,6 +151,11 @@ class Format:
         return self.grid.bits
 
     @property
+    def wider(self) -> tuple[float, ...]:
+        """Multiples above 1 of a block's range that are worth a try beside shrunk ones; none for most formats."""
+        return ()
+
+    @property
     def nested(self) -> bool:
         """Whether scales must be settled for the whole tensor before anything is snapped."""
         return self.scaling.store.nested

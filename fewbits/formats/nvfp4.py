@@ -32,6 +32,10 @@ LIMIT = 256.0
 class FourOverSix(Format):
     """E2M1 in blocks whose scale puts the largest element on 6 or on 4."""
 
+    @property
+    def wider(self) -> tuple[float, ...]:
+        return (FOUR,)
+
     def fitted(self, w: Tensor, importance: Tensor | None = None) -> Format:
         """This format with the outer scale of `w`, which every block's choice depends on."""
         outer = FloatScale(LIMIT).outer(self.ranges(w.float())[1] / self.grid.top)

@@ -50,6 +50,8 @@ class Evaluation:
 
     what: the label of the row in tables ("original", "rtn", "gptq", ...).
     method: how the numbers were taken, in words. text: the description of the token windows.
+    lost: nats per token by which the negative log-likelihood rose, the logarithm of the ratio of perplexities. Its
+    error is that of the differences, far below those of the two perplexities.
     record: machine, versions, date and command.
     """
 
@@ -63,6 +65,7 @@ class Evaluation:
     reference_perplexity: Estimate | None
     kl: Divergence | None
     top1: Estimate | None
+    lost: Estimate | None = None
     kl_by_position: tuple[PositionBin, ...] = ()
     text: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
@@ -81,6 +84,7 @@ class Evaluation:
             "reference_perplexity": self.reference_perplexity and self.reference_perplexity.to_dict(),
             "kl": self.kl and self.kl.to_dict(),
             "top1": self.top1 and self.top1.to_dict(),
+            "lost": self.lost and self.lost.to_dict(),
             "kl_by_position": [part.to_dict() for part in self.kl_by_position],
             "text": self.text,
             "seconds": self.seconds,

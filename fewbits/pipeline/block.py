@@ -300,13 +300,16 @@ def quantized_activations(refs: Sequence[Ref], format: Format | None) -> Iterato
         yield
         return
     handles = []
+    last: list[Tensor] = []  # an input and what became of it: q, k and v receive the same, and still do
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = args[0]
-        rounded = round_rows(x.detach().reshape(-1, x.shape[-1]), format).reshape(x.shape).to(x.dtype)
-        if x.requires_grad:  # the gradient passes the rounding as if it were not there
-            rounded = x + (rounded - x).detach()
-        return (rounded, *args[1:])
+        if not last or last[0] is not x:
+            rounded = round_rows(x.detach().reshape(-1, x.shape[-1]), format).reshape(x.shape).to(x.dtype)
+            if x.requires_grad:  # the gradient passes the rounding as if it were not there
+                rounded = x + (rounded - x).detach()
+            last[:] = x, rounded
+        return (last[1], *args[1:])
 
     try:
         for ref in refs:

@@ -45,6 +45,7 @@ def measure(
         reference_perplexity=perplexity(block_estimate(torch.stack(reference_losses))),
         kl=divergence(values),
         top1=block_estimate(torch.stack(agreements)),
+        lost=block_estimate(torch.stack(losses) - torch.stack(reference_losses)),
         kl_by_position=by_position(values),
         text=tokens.description,
         seconds=time.monotonic() - started,

@@ -127,6 +127,8 @@ def test_equals_direct_computation(original: nn.Module, monkeypatch: pytest.Monk
     assert result.kl.median == pytest.approx(values.quantile(0.5).item(), rel=1e-3)
     assert result.kl.p99 == pytest.approx(values.quantile(0.99).item(), rel=1e-3)
     assert result.top1.mean == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item())
+    assert result.lost is not None
+    assert result.lost.mean == pytest.approx(math.log(result.perplexity.mean / result.reference_perplexity.mean))
     for logits, measured in ((p, result.reference_perplexity), (q, result.perplexity)):
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         assert measured.mean == pytest.approx(loss.exp().item(), rel=1e-5)

@@ -61,6 +61,26 @@ def test_outlier_channels_are_what_the_methods_are_for(losses) -> None:
     assert losses["fp4_e2m1-g32/fp4_e2m1-token", "llm_fp4"] < 0.6 * losses["fp4_e2m1-g32/fp4_e2m1-token", "rtn"]
 
 
+def test_gptq_on_fixed_block_scales_considers_four_and_six() -> None:
+    from fewbits.algorithms.clipping import RangeSearch
+    from fewbits.algorithms.gptq import GPTQ
+    from fewbits.calibration.stats import Inputs
+    from fewbits.formats import parse_format
+
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(600, 128, generator=generator), torch.randn(64, 128, generator=generator)
+    inputs = Inputs(hessian=(x.T @ x / 300).double(), tokens=600)
+    six, four_or_six = parse_format("nvfp4"), parse_format("nvfp4_4over6")
+    losses = [float(GPTQ().solve(weight, format, inputs, "w").loss.sum()) for format in (six, four_or_six)]
+    assert losses[1] < 0.97 * losses[0]
+    # The largest weight of a block on 4 is a range half as wide again; nothing else widens a range.
+    fitted = four_or_six.fitted(weight)
+    scale, _ = RangeSearch(steps=1, max_shrink=0).params(weight, fitted)
+    plain, _ = fitted.params_from_range(*fitted.ranges(weight))
+    ratio = scale / plain
+    assert 0.2 < float((ratio > 1.3).float().mean()) < 0.7 and float(ratio.max()) < 1.7
+
+
 def test_shifts_are_seen_on_unrounded_inputs(dense: Path, tmp_path: Path) -> None:
     """Two channels set the tokens' scales: rounded inputs would be zeros, and a channel of zeros is not shifted."""
     out = run(dense, tmp_path / "q", "fp4_e2m1-g32/fp4_e2m1-token", method="llm_fp4", checkpoint_format="native")
