@@ -6,6 +6,7 @@ Per quantized linear, by `format` (compressed-tensors 0.20, compressors/):
   `weight_zero_point` int32 packed the same way along the *output* dimension, [ceil(out*b/32), G].
 - int-quantized: `weight` int8 [out, in], `weight_scale` [out, 1].
 - float-quantized: `weight` float8_e4m3fn [out, in], `weight_scale` [out, 1] or [1].
+- what scales blocks otherwise (MXFP4, FP8 tiles): compressed_blocks.py.
 
 A row of 32-bit words read as bytes is fewbits' canonical packing padded to whole words, and the offset
 code is the canonical level index, so packing changes no code. What this format cannot say (tables such as
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbits.checkpoints import compressed_blocks as blocks
 from fewbits.checkpoints.base import Source
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.formats import Format, Quantized, parse_format
@@ -48,6 +50,8 @@ _GRIDS = (*(ELEMENTS[f"int{bits}"] for bits in range(2, 9)), *UNSIGNED.values(),
 def refuses(format: Format, activations: Format | None, shape: tuple[int, int]) -> str | None:
     """Why compressed-tensors cannot say this layer, or None if it can."""
     scaling, kind = format.scaling, format.grid.kind
+    if blocks.layout(format):
+        return blocks.refuses(format, activations, shape)
     if format.grid not in _GRIDS or not isinstance(scaling.store, PlainScale) or scaling.minimum:
         return f"it has no {format.name}"
     if scaling.block == "tile":
@@ -86,7 +90,7 @@ def refuses_mix(formats: Iterable[Format]) -> str | None:
 def layout(format: Format, activations: Format | None) -> str:
     """The value of `format` that describes such a layer."""
     if format.grid.kind == "float":
-        return "float-quantized"
+        return blocks.layout(format) or "float-quantized"
     return "int-quantized" if format.bits == 8 and activations is not None else "pack-quantized"
 
 
@@ -106,6 +110,7 @@ def _arguments(format: Format, *, dynamic: bool) -> dict[str, Any]:
         "block_structure": None,
         "observer": None if dynamic else "minmax",
         "observer_kwargs": {},
+        **(blocks.arguments(format) if blocks.layout(format) or (dynamic and format.scaling.block == "group") else {}),
     }
 
 
@@ -171,6 +176,8 @@ def encode(weight: Quantized, activations: Format | None) -> dict[str, Tensor]:
     reason = refuses(weight.format, activations, weight.shape)
     if reason is not None:
         raise Unsupported(f"compressed-tensors cannot hold {weight.format.name}: {reason}; use the native format")
+    if blocks.layout(weight.format):
+        return blocks.encode(weight)
     kind = layout(weight.format, activations)
     scale = weight.scale.reshape(1) if weight.format.scaling.block == "tensor" else weight.scale
     if kind == "float-quantized":
@@ -194,6 +201,8 @@ def _format_of(arguments: dict[str, Any], *, where: str) -> Format:
     bits, kind, strategy = arguments.get("num_bits"), arguments.get("type"), arguments.get("strategy")
     if arguments.get("dynamic") not in (True, False, None):
         raise Unsupported(f"{where}: dynamic={arguments['dynamic']!r} is not read by fewbits")
+    if name := blocks.format_name(arguments):
+        return parse_format(name)
     readable = {("int", width): f"int{width}" for width in range(2, 9)} | {("float", 8): "fp8_e4m3"}
     element = readable.get((str(kind), bits)) if isinstance(bits, int) else None
     if element is None or strategy not in ("tensor", "channel", "group", "token"):
@@ -245,6 +254,9 @@ def decode(source: Source, module: str, group: dict[str, Any]) -> DecodedModule:
             f"{module}: activation order with g_idx is not read by fewbits; load it with vLLM or transformers"
         )
     scale = source.tensor(f"{module}.weight_scale")
+    if format.name == "mxfp4":
+        weight = blocks.decode_mxfp4(source.tensor(f"{module}.weight_packed"), scale, module)
+        return DecodedModule(weight=weight, activations=activations)
     zero = None
     if f"{module}.weight_packed" in source.names():
         shape = source.tensor(f"{module}.weight_shape")

@@ -72,11 +72,39 @@ def test_the_library_decodes_the_same_values(name: str) -> None:
     assert torch.equal(state["weight"].float(), weight.dequantize())
 
 
+@pytest.mark.parametrize(("name", "inputs"), [("mxfp4", "mxfp4"), ("fp8_block", "fp8_e4m3-g128")])
+def test_block_formats_are_the_library_s(name: str, inputs: str) -> None:
+    library = pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.base import BaseCompressor
+    from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+
+    format, activations = parse_format(name), parse_format(inputs)
+    weight = quantized(format, 128, 256)
+    for rounded in (None, activations):
+        stated = codec.quantization_config(format, rounded, ["lm_head"])
+        source: Any = FakeSource(codec.encode(weight, rounded), stated)
+        again = codec.decode(source, "m", codec.quantized_modules(source)["m"])
+        assert torch.equal(again.weight.codes, weight.codes) and torch.equal(again.weight.scale, weight.scale)
+        assert again.weight.format == weight.format and again.activations == rounded
+    config = library.quantization.QuantizationConfig(**stated)
+    scheme = config.config_groups["group_0"]
+    preset = preset_name_to_scheme({"mxfp4": "MXFP4", "fp8_block": "FP8_BLOCK"}[name], ["Linear"])
+    for part in ("weights", "input_activations"):
+        ours, theirs = (getattr(each, part) for each in (scheme, preset))
+        for field in ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "block_structure"):
+            assert getattr(ours, field) == getattr(theirs, field), (part, field)
+    state = BaseCompressor.get_value_from_registry(config.format).decompress(dict(codec.encode(weight, None)), scheme)
+    assert torch.equal(state["weight"].float(), weight.dequantize())
+
+
 @pytest.mark.parametrize(
     ("name", "columns", "reason"),
     [
         ("nf4-g32", 96, "no nf4"),
         ("fp4_e2m1-g32", 96, "no fp4_e2m1"),
+        ("mxfp4", 80, "blocks of 32 do not divide 10 x 80"),
+        ("fp8_block", 128, "blocks of 128 do not divide 10 x 128"),
+        ("nvfp4", 96, "no nvfp4"),
         ("fp8_e5m2-channel", 96, "no fp8_e5m2"),
         ("int4-g64", 96, "do not divide the input dimension 96"),
         ("fp8_e4m3-g32", 96, "no group scales for FP8"),
