@@ -6,6 +6,7 @@ METHODS = Registry(
     "method",
     {
         "rotate": "fewbits.algorithms.rotate:Rotate",
+        "embeddings": "fewbits.algorithms.embeddings:Embeddings",
         "preshift": "fewbits.algorithms.preshift:PreShift",
         "awq": "fewbits.algorithms.awq:AWQ",
         "gptq": "fewbits.algorithms.gptq:GPTQ",

@@ -28,7 +28,6 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("fp4_e2m1-g32/fp4_e2m1-token", "rtn", {}),
     ("fp4_e2m1-g32/fp4_e2m1-token", "llm_fp4", {}),
     ("fp4_fit-channel/fp8_e4m3-token", "llm_fp4", {}),
-    ("MXFP4", "gptq", {}),
     ("MXFP4", "rotate,gptq", {"rotate.block": 32}),
     ("NVFP4_4OVER6", "preshift,gptq", {}),
     ("fp8_block/fp8_e4m3-g64", "rtn", {}),
@@ -91,3 +90,22 @@ def test_shifts_are_seen_on_unrounded_inputs(dense: Path, tmp_path: Path) -> Non
     ratio = after.float() / before
     assert torch.equal(ratio, torch.exp2(torch.round(torch.log2(ratio))))
     assert float(ratio.median()) == 8 and set(ratio[[3, 40]].tolist()) == {1.0}
+
+
+def test_embeddings_are_rounded_where_asked(dense: Path, tmp_path: Path) -> None:
+    from test_pipeline import tensors
+
+    from fewbits.core.errors import BadInput
+    from fewbits.formats import parse_format
+
+    name = "model.embed_tokens.weight"
+    expected = parse_format("fp4_e2m1-channel").quantize(tensors(dense)[name].float()).dequantize()
+    for method in ("embeddings,llm_fp4", "rotate,embeddings,rtn"):
+        out = run(dense, tmp_path / method, "FP4_W4A4", method=method, eval_samples=0, group_size=32)
+        certificate = json.loads((out / "certificate.json").read_text())
+        assert any("fp4_e2m1-channel" in note for note in certificate["fallbacks"])
+        found = tensors(out)[name].float()
+        assert torch.equal(found, expected) == (method != "rotate,embeddings,rtn")
+        assert all(len(row.unique()) <= 15 for row in found[:20])
+    with pytest.raises(BadInput, match="an element alone"):
+        run(dense, tmp_path / "q", method="embeddings", method_options={"element": "fp4_e2m1-g16"})
