@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewbits.formats import hadamard
-from fewbits.kernels import KERNELS
+from fewbits.kernels import KERNELS, Kernel, LinearSpec
 from fewbits.kernels.cpu_fp16 import half_linear, half_works, pack_half
 from fewbits.nn.qlinear import QLinear
 
@@ -52,7 +52,12 @@ def _quantized(module: QLinear, dtype: torch.dtype) -> Product:
     assert packed is not None and module.kernel is not None
     kernel = KERNELS.get(module.kernel)
     apply = _biased(_transformed(kernel.bind(packed, spec), module.input_hadamard), module.bias)
-    return Product(apply, kernel.input_dtype or dtype, (module.out_features,))
+    return Product(apply, _input_dtype(kernel, spec, dtype), (module.out_features,))
+
+
+def _input_dtype(kernel: Kernel, spec: LinearSpec, dtype: torch.dtype) -> torch.dtype:
+    """The kernel's own, unless x is rounded to few bits there: rounding it to 16 before would move it across ties."""
+    return torch.float32 if spec.activations is not None else kernel.input_dtype or dtype
 
 
 def _transformed(apply: Apply, orders: Sequence[int]) -> Apply:
@@ -111,7 +116,7 @@ def _joined(linears: Sequence[nn.Module], dtype: torch.dtype) -> Product | None:
     for linear, view in zip(linears, views, strict=True):
         linear.adopt(view)
     apply = _biased(kernel.bind(packed, whole_spec), _joined_bias(linears))
-    return Product(apply, kernel.input_dtype or dtype, widths)
+    return Product(apply, _input_dtype(kernel, whole_spec, dtype), widths)
 
 
 def _side_by_side(products: Sequence[Product]) -> Product:

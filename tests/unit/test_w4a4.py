@@ -92,6 +92,22 @@ def test_shifts_are_seen_on_unrounded_inputs(dense: Path, tmp_path: Path) -> Non
     assert float(ratio.median()) == 8 and set(ratio[[3, 40]].tolist()) == {1.0}
 
 
+@pytest.mark.parametrize(("weights", "inputs"), [("mxfp4", "mxfp4"), ("nvfp4", "nvfp4"), ("int4-g32", "int4-token")])
+def test_the_decode_engine_rounds_both_sides(weights: str, inputs: str) -> None:
+    from tiny_runtime_models import quantize_in_place, tiny_llama
+
+    from fewbits.runtime.engine import Engine
+
+    model = quantize_in_place(tiny_llama(), weights, inputs)
+    ids = torch.arange(24) * 7 % 256
+    with torch.no_grad():
+        expected = model(ids[None]).logits[0]
+    found = Engine(model).prefill(ids.tolist(), every=True)
+    # A last bit of x may take another level: most rows agree to rounding, the others to a step.
+    error = (found - expected).norm(dim=1) / expected.norm(dim=1)
+    assert float(error.median()) < 0.02
+
+
 def test_embeddings_are_rounded_where_asked(dense: Path, tmp_path: Path) -> None:
     from test_pipeline import tensors
 
@@ -109,3 +125,28 @@ def test_embeddings_are_rounded_where_asked(dense: Path, tmp_path: Path) -> None
         assert all(len(row.unique()) <= 15 for row in found[:20])
     with pytest.raises(BadInput, match="an element alone"):
         run(dense, tmp_path / "q", method="embeddings", method_options={"element": "fp4_e2m1-g16"})
+
+
+def test_the_bars_hold_on_the_embedded_model() -> None:
+    """As last measured by benchmarks/bench_w4a4.py and bench_kv_cache.py, in their records."""
+    from recorded import latest
+
+    found = latest("w4a4")
+    assert found is not None
+    rows = {(row["scheme"], row["method"]): row["lost"] for row in found[1]["rows"]}
+    plain = rows["W4A4", "rtn"]["mean"]
+    for key in (("FP4_W4A4", "llm_fp4"), ("W4A4", "rotate,gptq")):
+        assert rows[key]["mean"] < 0.4 * plain, key
+
+    def gain(integer: str, minifloat: str) -> float:
+        """By how many standard errors the minifloat loses less."""
+        a, b = rows[integer, "rtn"], rows[minifloat, "rtn"]
+        return (a["mean"] - b["mean"]) / (a["stderr"] ** 2 + b["stderr"] ** 2) ** 0.5
+
+    # FP4 before INT4 where inputs have 4 bits; else no difference that these windows can tell.
+    assert gain("W4A4", "FP4_W4A4") > 5
+    assert abs(gain("W4A16", "fp4_e2m1-g128")) < 2 and abs(gain("W4A8", "FP4_W4A8")) < 2
+    caches = latest("kv_cache")
+    assert caches is not None
+    (four,) = (row for row in caches[1]["rows"] if row["cache"] == "int4")
+    assert four["perplexity_change"] < 0.01

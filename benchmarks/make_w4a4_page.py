@@ -1,0 +1,82 @@
+"""Writes the table of docs/w4a4.md and its figure from the newest "w4a4" record.
+
+python benchmarks/make_w4a4_page.py
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from recorded import ROOT, latest
+
+from fewbits.report.figure import BASELINE, INK, LINE, METHOD, save
+
+PAGE = ROOT / "docs" / "w4a4.md"
+FIGURE = ROOT / "docs" / "images" / "w4a4"
+_BLOCK = re.compile(r"(<!-- table:begin -->\n).*?(<!-- table:end -->)", re.DOTALL)
+
+
+def sides(row: dict[str, Any]) -> str:
+    return f"`{row['weights']}` / " + (f"`{row['activations']}`" if row["activations"] else "16 bits")
+
+
+def method(row: dict[str, Any]) -> str:
+    options = ", ".join(f"{name}={value}" for name, value in row["options"].items())
+    return f"`{row['method']}`" + (f" ({options})" if options else "")
+
+
+def share(row: dict[str, Any], record: dict[str, Any]) -> float:
+    """Of what the baseline loses, what this row does not."""
+    scheme, _, name = record["baseline"].partition(":")
+    (base,) = (r for r in record["rows"] if (r["scheme"], r["method"]) == (scheme, name))
+    return 1 - row["lost"]["mean"] / base["lost"]["mean"]
+
+
+def table(record: dict[str, Any]) -> str:
+    lines = [
+        "| scheme | weights / inputs | method | nats lost | recovered | perplexity | KL |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    for row in record["rows"]:
+        lost, kl = row["lost"], row["kl"]
+        recovered = f"{100 * share(row, record):.0f} %" if row["activations"] else "-"
+        lines.append(
+            f"| {row['scheme'].partition('/')[0]} | {sides(row)} | {method(row)} "
+            f"| {lost['mean']:.3f} ± {lost['stderr']:.3f} | {recovered} | {row['perplexity']['mean']:.1f} "
+            f"| {kl['mean']:.3f} ± {kl['stderr']:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
+    axis = figure.subplots()
+    axis.grid(axis="x", color=LINE)
+    axis.grid(visible=False, axis="y")
+    axis.set_axisbelow(True)
+    for place, row in enumerate(rows):
+        plain = row["method"] == "rtn"
+        value, error = row["lost"]["mean"], row["lost"]["stderr"]
+        axis.barh(place, value, height=0.62, color=BASELINE if plain else METHOD, xerr=error, ecolor=INK)
+        axis.text(value + error + 0.06, place, f"{value:.2f}", va="center", fontsize=8.5)
+    axis.set_yticks(range(len(rows)), [f"{row['scheme']}   {row['method']}" for row in rows])
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.1 * max(row["lost"]["mean"] for row in rows))
+    axis.set_xlabel("rise of the negative log-likelihood, nats per token (± one standard error)")
+
+
+def main() -> None:
+    found = latest("w4a4")
+    if found is None:
+        raise SystemExit('no "w4a4" record under benchmarks/results: run benchmarks/bench_w4a4.py first')
+    path, record = found
+    rows = sorted(record["rows"], key=lambda row: -row["lost"]["mean"])
+    save(FIGURE, lambda figure, wide: draw(figure, rows), 0.27 * len(rows) + 0.7)
+    FIGURE.with_suffix(".svg").unlink()  # the page shows the PNG
+    where = f"\nFrom [`{path.relative_to(ROOT)}`](../{path.relative_to(ROOT)}).\n"
+    text = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(_BLOCK.sub(lambda m: m[1] + table(record) + where + m[2], text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
