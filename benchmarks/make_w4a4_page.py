@@ -10,6 +10,7 @@ from typing import Any
 
 from recorded import ROOT, latest
 
+from fewbits.formats import parse_format
 from fewbits.report.figure import BASELINE, INK, LINE, METHOD, save
 
 PAGE = ROOT / "docs" / "w4a4.md"
@@ -40,7 +41,8 @@ def table(record: dict[str, Any]) -> str:
     ]
     for row in record["rows"]:
         lost, kl = row["lost"], row["kl"]
-        recovered = f"{100 * share(row, record):.0f} %" if row["activations"] else "-"
+        few = row["activations"] and parse_format(row["activations"]).bits == 4
+        recovered = f"{100 * share(row, record):.0f} %" if few else "-"
         lines.append(
             f"| {row['scheme'].partition('/')[0]} | {sides(row)} | {method(row)} "
             f"| {lost['mean']:.3f} ± {lost['stderr']:.3f} | {recovered} | {row['perplexity']['mean']:.1f} "
