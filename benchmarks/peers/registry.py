@@ -149,6 +149,9 @@ def _ours(row: Row) -> list[Contestant]:
         for method in ("gptq", "rtn"):
             add(f"{method.upper()} {kind}", scheme, method)
         add(f"GPTAQ {kind}", scheme, "gptaq")
+    if row.name == "W3 g64":  # compositions, and methods on their own
+        for method in ("hqq", "awq", "awq,gptq", "gptq,refine", "gptaq,refine", "gptq,lowrank"):
+            add(f"{method} asym", "int3-asym-g64", method, **({"rank": 8} if "lowrank" in method else {}))
     best = _LEARNED[row.name]
     add(f"GPTQ {best}", best, "gptq")
     add(f"learned {best}", best, "gptq,learned", 3, **_THOROUGH)
