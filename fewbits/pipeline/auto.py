@@ -1,11 +1,11 @@
-"""Trials for `--method auto`: what each candidate loses on a block of the middle, and how long it takes.
+"""Trials for `--method auto`: what each candidate loses on a block well into the model, and how long it takes.
 
-    walk      the text through the original blocks, up to a third of the depth (less where that takes too long)
-    drift     the block before is quantized, so that the next one sees the inputs that quantized blocks leave
-    trial     each candidate on that block, by the code the run itself uses (streams.py)
+    walk      the blocks are quantized by GPTQ, one after the other, to a third of the depth or as far as time goes, so
+              that the next one sees what quantized blocks leave
+    trial     each candidate on that next block, by the code the run itself uses (streams.py)
     again     the best that fit in time on a block at two thirds of the depth, if there is time
 
-An eighth of the calibration windows is held back: losses are taken there, and a candidate that only fits the rest gains
+An eighth of the calibration windows is held back: errors are taken there, and a candidate that only fits the rest gains
 nothing. Learning is given three times the text of the others by default, here as in the run itself; where no learning
 can be done in time, only the others' text is walked with. The text that the certificate's evaluation is made on plays
 no part. What decides is in planner/auto.py.
@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fewbits.algorithms.learned import token_loss
 from fewbits.calibration.collect import Ref
@@ -34,7 +35,7 @@ from fewbits.pipeline.streams import batches, embed, solve_and_advance
 from fewbits.planner.auto import CONTENDERS, FIRST, Candidate, Times, Trials, refuses
 
 _HELD = 8  # every how many windows one is held back
-_WALK = 0.05  # of the budget, to get to the first block that candidates are tried on
+_WALK = 0.1  # of the budget, to get to the first block that candidates are tried on
 _DRIFT = "gptq"
 Clock = Callable[[], float]
 
@@ -61,17 +62,17 @@ def choose(
     learners = [candidate for candidate in job.question.candidates if candidate.iterations]
     if all(trials.why_not(candidate, *now()) for candidate in learners):
         probe.thin_out()
-    places = probe.places(_WALK * trials.budget, probe.thin * trials.times.per_pass)
+    first, second = probe.places()
     if now()[1] < trials.allowance:
-        probe.enter(places[0], _drift(trials, now()))
+        probe.walk(first, _drift(trials, now()), clock() + _WALK * trials.budget)
         _try_all(trials, probe, now, report)
-    if len(places) > 1 and trials.losses:
-        _try_again(trials, probe, places[1], now, report)
+    if second > probe.index and trials.errors:
+        _try_again(trials, probe, second, now, report)
     return trials.decide(*now())
 
 
 def _drift(trials: Trials, now: tuple[float, float]) -> Candidate:
-    """What the block before is quantized with: GPTQ, or rounding where even that takes too long."""
+    """What blocks are quantized with to get to others: GPTQ, or rounding where even that takes too long."""
     found = {candidate.name: candidate for candidate in trials.question.candidates}
     return found[FIRST] if trials.why_not(found[_DRIFT], *now) else found[_DRIFT]
 
@@ -89,20 +90,22 @@ def _try_all(trials: Trials, probe: _Probe, now: Callable[[], tuple[float, float
 
 def _try(trials: Trials, probe: _Probe, candidate: Candidate) -> None:
     try:
-        loss, seconds = probe.trial(candidate)
-    except FewbitsError as error:
+        error, seconds = probe.trial(candidate)
+    except FewbitsError as failure:
         if candidate.name == FIRST:
             raise  # the model or the format is at fault, not the candidate
-        trials.drop(candidate, str(error))
-    else:
-        trials.add(candidate, probe.index, loss, seconds)
+        trials.drop(candidate, str(failure))
+        return
+    if candidate.name == FIRST:
+        trials.begin(probe.index, probe.floor, probe.scale)
+    trials.add(candidate, probe.index, error, seconds)
 
 
 def _note(trials: Trials, candidate: Candidate) -> str:
-    if candidate.name not in trials.losses:
+    if candidate.name not in trials.errors:
         return f"{candidate.name}: {trials.reasons[candidate.name]}"
     seconds = duration_text(trials.block_seconds(candidate))
-    return f"{candidate.name}: {trials.ratio(candidate):.3f} of rounding's loss, {seconds} a block"
+    return f"{candidate.name}: {trials.loss(candidate):.3f} of rounding's loss, {seconds} a block"
 
 
 def _try_again(
@@ -113,18 +116,21 @@ def _try_again(
     first = trials.question.candidates[0]
     best = [each for each in trials.fitting(passed) if each.name != FIRST][:CONTENDERS]
     drift = _drift(trials, (passed, probed))
-    walk = trials.times.per_pass * probe.thin * (place - probe.walked)
-    needed = walk + sum(map(trials.block_seconds, [first, drift, *best]))
+    walk = (place - probe.index) * (trials.block_seconds(drift) + 2 * probe.thin * trials.times.per_pass)
+    needed = walk + sum(map(trials.block_seconds, [first, *best]))
     if len(best) < 2 or probed + needed > trials.allowance:
         return
-    probe.enter(place, drift)
+    probe.walk(place, drift)
     for position, candidate in enumerate([first, *best]):
         _try(trials, probe, candidate)
         report(Progress("try again", position + 1, len(best) + 1, _note(trials, candidate)))
 
 
 class _Probe:
-    """The model as far as it was walked, and the streams that enter the block `index` of the trials."""
+    """The streams that enter block `index`, behind quantized blocks.
+
+    floor: the error of the original block there; scale: what rounding to nearest does to it, known once that was tried.
+    """
 
     def __init__(self, job: Job, shell: ModelShell, chosen: Sequence[Sequence[Ref]], clock: Clock) -> None:
         assert job.calibration is not None and job.question is not None
@@ -139,14 +145,12 @@ class _Probe:
             probe=dataclasses.replace(job.calibration, ids=ids[held]),
         )
         began = clock()
-        streams = embed(self.job, shell)
+        self.streams = embed(self.job, shell)
         self.embedding = clock() - began
-        # Behind original blocks both streams of a text are one.
-        self.plain: Streams = {name: streams[name] for name in ("reference", "original")}
         self.thin = job.question.thin
-        self.walked = 0
-        self.index = -1
-        self.streams: Streams = {}
+        self.index = 0
+        self.floor = self.scale = 0.0
+        self.unchanged: list[Tensor] = []  # what the original block makes of the held-out text as it arrives
 
     def times(self, journal: Journal) -> Times:
         """What a run takes beside its trials, from one sample of each: a pass, a measured window, a state on disk."""
@@ -154,8 +158,8 @@ class _Probe:
         assert real.calibration is not None and used is not None and held is not None
         evaluated = 0 if real.probe is None else real.probe.tokens
         per_token = self._forward() / held.tokens
-        writing = self._timed(lambda: journal.rehearse(self.plain))
-        state = sum(tensor.nbytes for part in self.plain.values() for tensor in part)
+        writing = self._timed(lambda: journal.rehearse(self.streams))
+        state = sum(tensor.nbytes for part in self.streams.values() for tensor in part)
         per_window, loading = (self._measure() if evaluated else 0.0), self._timed(self._load_head)
         measuring = loading + max(0.0, per_window - loading) * evaluated / held.ids.shape[1]
         length = used.ids.shape[1]
@@ -163,7 +167,7 @@ class _Probe:
 
         def beside(thin: int) -> float:
             missing = (real.calibration.tokens - used.tokens) / thin  # it is collected, quantized and original
-            stored = 2 * (real.calibration.tokens / thin + evaluated) / (used.tokens + held.tokens)
+            stored = (real.calibration.tokens / thin + evaluated) / (used.tokens + held.tokens)
             return per_token * (2 * (evaluated - held.tokens) + 3 * missing) + writing * stored
 
         return Times(
@@ -181,15 +185,14 @@ class _Probe:
         return self.clock() - began
 
     def _forward(self) -> float:
-        """Seconds of the held-out text through a block, at its second time."""
+        """Seconds of the held-out text through a block, the least of some: forecasts are lower bounds."""
         prefix, block = self.shell.blocks[0]
 
         def run() -> float:
-            return float(sum(self.shell.forward(0, hidden).float().sum() for hidden in self.plain["original"]))
+            return float(sum(self.shell.forward(0, hidden).float().sum() for hidden in self.streams["original"]))
 
         with self.shell.resident(prefix, block):
-            run()
-            return self._timed(run)
+            return min(self._timed(run) for _ in range(4))
 
     def _load_head(self) -> None:
         with self.shell.resident_outside(head=True):
@@ -199,43 +202,42 @@ class _Probe:
         """Seconds of the measurement of one window, whatever its hidden states."""
         assert self.job.probe is not None
         window = dataclasses.replace(self.job.probe, ids=self.job.probe.ids[:1])
-        hidden = [self.plain["original"][0][:1]]
+        hidden = [self.streams["original"][0][:1]]
         pairs = self.shell.logit_pairs(batches(window), hidden, hidden, self.job.dtype)
         return self._timed(lambda: measure("", "", "", window, pairs, self.shell.dtype, self.shell.device))
 
-    def places(self, seconds: float, per_pass: float) -> list[int]:
-        """The blocks to try on: at a third of the depth, or as far as `seconds` go, and at two thirds."""
+    def places(self) -> tuple[int, int]:
+        """The blocks to try on, where there is time: at a third and at two thirds of the depth."""
         usable = [index for index, refs in enumerate(self.chosen) if refs]
-        near = [index for index in usable[: len(usable) // 3 + 1] if index * per_pass <= seconds]
-        first = near[-1] if near else usable[0]
-        second = usable[2 * len(usable) // 3]
-        return [first] if second <= first else [first, second]
+        return usable[len(usable) // 3], usable[2 * len(usable) // 3]
 
     def thin_out(self) -> None:
         """Leaves only the text of candidates that learn nothing."""
-        self.plain["reference"] = self.plain["reference"][:: self.thin]
+        self.streams |= {name: self.streams[name][:: self.thin] for name in ("calibration", "reference")}
         self.thin = 1
 
-    def enter(self, place: int, drift: Candidate) -> None:
-        """Walks on until the streams enter block `place`, the block before it quantized by `drift`."""
-        while self.walked < place - 1:
-            with self.shell.resident(*self.shell.blocks[self.walked]):
-                for name, hidden in self.plain.items():
-                    self.plain[name] = [self.shell.forward(self.walked, h).to(h.device) for h in hidden]
-            self.walked += 1
-        self.index = place
-        for candidate in (drift, self.first):
-            self.streams = {**self.plain, "calibration": self.plain["reference"], "quantized": self.plain["original"]}
-            try:
-                if place:
-                    self._solve(candidate, place - 1, self.streams)
-                return
-            except FewbitsError:  # told where the candidate is tried itself
-                if candidate is self.first:
-                    raise
+    def walk(self, place: int, drift: Candidate, until: float = math.inf) -> None:
+        """Quantizes blocks by `drift` up to `place`, or to the first one worth a trial once the clock shows `until`."""
+        while self.index < place and (self.clock() < until or not self.chosen[self.index]):
+            for candidate in (drift, self.first):
+                streams = dict(self.streams)
+                try:
+                    self._solve(candidate, self.index, streams)
+                    break
+                except FewbitsError:  # told where the candidate is tried itself
+                    if candidate is self.first:
+                        raise
+            self.streams = streams
+            self.index += 1
+        with self.shell.resident(*self.shell.blocks[self.index]):
+            self.unchanged, expected = (
+                [self.shell.forward(self.index, hidden) for hidden in self.streams[name]]
+                for name in ("quantized", "original")
+            )
+        self.floor = _error(self.unchanged, expected)
 
     def trial(self, candidate: Candidate) -> tuple[float, float]:
-        """Loss on the text held back, and seconds, of block `index`."""
+        """Error on the text held back, and seconds, of block `index`."""
         began = self.clock()
         needs = candidate.recipe.statistics
         streams = dict(self.streams)
@@ -246,12 +248,13 @@ class _Probe:
         if not candidate.iterations:
             streams |= {name: streams[name][:: self.thin] for name in ("calibration", "reference")}
         self._solve(candidate, self.index, streams)
-        losses = [token_loss(*pair) for pair in zip(streams["quantized"], streams["original"], strict=True)]
-        loss = float(torch.cat([each.flatten() for each in losses]).double().mean())
+        error = _error(streams["quantized"], streams["original"])
         seconds = self.clock() - began
-        if not math.isfinite(loss):
+        if not math.isfinite(error):
             raise FewbitsError(f"its outputs in block {self.index} are NaN or infinite")
-        return loss, seconds
+        if candidate is self.first:
+            self.scale = _error(streams["quantized"], self.unchanged)
+        return error, seconds
 
     def _solve(self, candidate: Candidate, index: int, streams: Streams) -> None:
         job = dataclasses.replace(self.job, recipe=candidate.recipe, sequential=candidate.sequential)
@@ -261,3 +264,9 @@ class _Probe:
         prefix = self.shell.blocks[self.index][0]
         formats = [self.real.weights(f"{prefix}.{ref.name}") for ref in self.chosen[self.index]]
         return refuses(candidate, formats, known_family=self.shell.topology is not None)
+
+
+def _error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The mean over tokens of their squared error, as a share of what is expected."""
+    losses = [token_loss(*pair).flatten() for pair in zip(found, expected, strict=True)]
+    return float(torch.cat(losses).double().mean())

@@ -1,12 +1,14 @@
 """`--method auto`: of the compositions below, the one that loses least and is done in the time there is.
 
 Which steps pay depends on the format, the model and the machine: at 8 bits rounding is enough, at 2 bits learning is
-worth every minute. So candidates are tried, cheap to dear, on a block from the middle of the model, on the text and
-behind the quantized block that the run itself would see (pipeline/auto.py), and on a second block if there is time.
-A trial gives
+worth every minute. So candidates are tried, cheap to dear, on a block well into the model, on the text and behind
+the quantized blocks that the run itself would see (pipeline/auto.py), and on a second block if there is time. A trial
+gives
 
-    loss      mean over held-out tokens of |y_t - y*_t|^2 / |y*_t|^2, y the block's output, y* the original's,
-              as a share of that of rounding to nearest (over several blocks: the geometric mean)
+    error     mean over held-out tokens of |y_t - y*_t|^2 / |y*_t|^2, y the block's output, y* that of the original
+              behind original blocks. Part of it comes in with the inputs: `floor`, the original block's error there.
+    loss      (error - floor) / scale, scale being what rounding to nearest does to the block on those same inputs
+              (over several blocks: the mean). A method that undoes what earlier blocks did can be below 0.
     seconds   of the block, from which the whole run takes  passed + MARGIN (fixed + blocks (seconds + extra))
 
 `fixed` is what is done once (embedding, the final measurement, writing), `extra` what a block needs besides. Trials get
@@ -76,7 +78,7 @@ CANDIDATES = (
         for n in (25, 50, 100, 200, 400)
     ),
 )
-FIRST = CANDIDATES[0].name  # what is left where nothing fits, and what losses are measured against
+FIRST = CANDIDATES[0].name  # what is left where nothing fits, and what losses are measured by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,13 +162,16 @@ class Times:
 
 @dataclass(kw_only=True)
 class Trials:
-    """What was tried on which block: candidate -> block -> loss, seconds; and why the others were not."""
+    """What was tried on which block: candidate -> block -> error, seconds; and why the others were not. floors, scales:
+    of the blocks."""
 
     question: Question
     times: Times
-    losses: dict[str, dict[int, float]] = field(default_factory=dict)
+    errors: dict[str, dict[int, float]] = field(default_factory=dict)
     seconds: dict[str, dict[int, float]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    floors: dict[int, float] = field(default_factory=dict)
+    scales: dict[int, float] = field(default_factory=dict)
 
     @property
     def budget(self) -> float:
@@ -177,13 +182,17 @@ class Trials:
         """Seconds for all trials together."""
         return PROBING * self.budget
 
-    def add(self, candidate: Candidate, block: int, loss: float, seconds: float) -> None:
-        self.losses.setdefault(candidate.name, {})[block] = loss
+    def begin(self, block: int, floor: float, scale: float) -> None:
+        """What errors of `block` are read against."""
+        self.floors[block], self.scales[block] = floor, scale
+
+    def add(self, candidate: Candidate, block: int, error: float, seconds: float) -> None:
+        self.errors.setdefault(candidate.name, {})[block] = error
         self.seconds.setdefault(candidate.name, {})[block] = seconds
 
     def drop(self, candidate: Candidate, reason: str) -> None:
         """`candidate` cannot be had, whatever it did before."""
-        self.losses.pop(candidate.name, None)
+        self.errors.pop(candidate.name, None)
         self.reasons[candidate.name] = reason
 
     def total(self, candidate: Candidate, passed: float) -> float:
@@ -227,22 +236,26 @@ class Trials:
 
     def fitting(self, passed: float) -> list[Candidate]:
         """Those tried whose run fits, least loss first."""
-        tried = [candidate for candidate in self.question.candidates if candidate.name in self.losses]
+        tried = [candidate for candidate in self.question.candidates if candidate.name in self.errors]
         fit = [each for each in tried if self.total(each, passed) <= self.budget]
-        return sorted(fit, key=lambda each: (-len(self.losses[each.name]), self.ratio(each)))
+        return sorted(fit, key=lambda each: (-len(self.errors[each.name]), self.loss(each)))
 
-    def ratio(self, candidate: Candidate) -> float:
-        """The loss of `candidate` as a share of rounding to nearest's."""
-        found = self.losses[candidate.name]
+    def loss(self, candidate: Candidate) -> float:
+        """What `candidate` adds to the error, in units of what rounding to nearest does."""
+        found = self.errors[candidate.name]
         tiny = 1e-300  # a block of zeros loses nothing
-        logs = [math.log(max(loss, tiny) / max(self.losses[FIRST][block], tiny)) for block, loss in found.items()]
-        return math.exp(sum(logs) / len(logs))
+        losses = [(error - self.floors[block]) / max(self.scales[block], tiny) for block, error in found.items()]
+        return sum(losses) / len(losses)
+
+    def equal(self, candidate: Candidate, best: Candidate) -> bool:
+        """Whether it loses no more than `best`, but for a difference that says nothing."""
+        return self.loss(candidate) <= self.loss(best) + TIE * abs(self.loss(best))
 
     def decide(self, passed: float, probed: float) -> dict[str, Any]:
         """JSON: the choice and all that it rests on."""
         fit = self.fitting(passed)
-        most = [each for each in fit if len(self.losses[each.name]) == len(self.losses[fit[0].name])]
-        best = [each for each in most if self.ratio(each) <= (1 + TIE) * self.ratio(most[0])]
+        most = [each for each in fit if len(self.errors[each.name]) == len(self.errors[fit[0].name])]
+        best = [each for each in most if self.equal(each, most[0])]
         chosen = min(best, key=self.block_seconds, default=self.question.candidates[0])
         predicted = self.total(chosen, passed)
         return {
@@ -252,50 +265,52 @@ class Trials:
             "fallback": chosen.name == FIRST and [each.name for each in fit] in ([], [FIRST]),
             "predicted_seconds": predicted,
             "probe_seconds": probed,
-            "tried_on": sorted({block for found in self.losses.values() for block in found}),
+            "tried_on": sorted(self.floors),
+            "floors": {str(block): floor for block, floor in self.floors.items()},
+            "scales": {str(block): scale for block, scale in self.scales.items()},
             "times": dataclasses.asdict(self.times),
             "margin": MARGIN,
             "candidates": [self._entry(each, passed, chosen) for each in self.question.candidates],
         }
 
     def _entry(self, candidate: Candidate, passed: float, chosen: Candidate) -> dict[str, Any]:
-        tried = candidate.name in self.losses
+        tried = candidate.name in self.errors
         seconds, total = self.block_seconds(candidate), self.total(candidate, passed)
         return {
             "name": candidate.name,
             "method": candidate.method,
             "options": dict(candidate.options),
             "sequential": candidate.sequential,
-            "loss": self.ratio(candidate) if tried else None,
-            "losses": {str(block): loss for block, loss in self.losses.get(candidate.name, {}).items()},
+            "loss": self.loss(candidate) if tried else None,
+            "errors": {str(block): error for block, error in self.errors.get(candidate.name, {}).items()},
             "block_seconds": seconds if tried else None,
             "seconds": total if tried else None,
             "why_not": None if candidate is chosen else self._lost_to(chosen, candidate, total),
         }
 
     def _lost_to(self, chosen: Candidate, candidate: Candidate, total: float) -> str:
-        if candidate.name not in self.losses:
+        if candidate.name not in self.errors:
             return self.reasons.get(candidate.name, "not tried: no time was left for trials")
         if total > self.budget:
             return f"it would take {duration_text(total)}"
-        if len(self.losses[candidate.name]) < len(self.losses[chosen.name]):
+        if len(self.errors[candidate.name]) < len(self.errors[chosen.name]):
             return f"not among the best {CONTENDERS} at first"
-        if self.ratio(candidate) <= (1 + TIE) * self.ratio(chosen):
+        if self.equal(candidate, chosen):
             return f"within {100 * TIE:.0f} % of the best, and slower"
         return "loses more"
 
     def _why(self, chosen: Candidate, fit: Sequence[Candidate], predicted: float) -> str:
         time = f"{self.question.minutes:g} minute{'s' * (self.question.minutes != 1)}"
-        if not self.losses:
+        if not self.errors:
             return f"auto takes {chosen.name}: a fifth of {time} is too short to try anything; give it more"
         if not fit:
             return f"auto takes {chosen.name}: nothing fits {time}; it is predicted to take {duration_text(predicted)}"
         if chosen.name == FIRST and len(fit) == 1:
             return f"auto takes {chosen.name}: nothing else fits {time}"
-        blocks = " and ".join(str(block) for block in self.losses[chosen.name])
-        where = f"block{'s' * (len(self.losses[chosen.name]) > 1)} {blocks}"
+        blocks = " and ".join(str(block) for block in self.errors[chosen.name])
+        where = f"block{'s' * (len(self.errors[chosen.name]) > 1)} {blocks}"
         loss = (
-            "no other loses less" if chosen.name == FIRST else f"{self.ratio(chosen):.2g} of rounding to nearest's loss"
+            "no other loses less" if chosen.name == FIRST else f"{self.loss(chosen):.2f} of rounding to nearest's loss"
         )
         return (
             f"auto takes {chosen.name}: {loss} in {where}, the best of {len(fit)} that fit {time}; predicted to take "

@@ -18,7 +18,7 @@ _MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
-    """loss: as a share of that of rounding to nearest, of all blocks tried and (`by_block`) of each; seconds: of the
+    """loss: in units of what rounding to nearest does, of all blocks tried and (`by_block`) of each; seconds: of the
     whole run; step: iterations, where it learns."""
 
     name: str
@@ -38,31 +38,33 @@ def tried(certificate: Certificate) -> list[Tried]:
     if not isinstance(choice, dict) or not isinstance(choice.get("candidates"), list):
         return []
     entries = [entry for entry in choice["candidates"][:_MOST] if isinstance(entry, dict) and text(entry.get("name"))]
-    nearest = next((_losses(entry) for entry in entries if entry["name"] == "rtn"), {})
-    return [_tried(entry, nearest, choice.get("chosen")) for entry in entries]
+    return [_tried(entry, choice) for entry in entries]
 
 
-def _tried(entry: dict[str, Any], nearest: dict[str, float], chosen: Any) -> Tried:
+def _tried(entry: dict[str, Any], choice: dict[str, Any]) -> Tried:
     method = text(entry.get("method")) or entry["name"]
-    options = entry.get("options")
-    step = number(options.get("learned.iterations")) if isinstance(options, dict) else None
+    step = number(_object(entry.get("options")).get("learned.iterations"))
+    floors, scales = _object(choice.get("floors")), _object(choice.get("scales"))
+    by_block = {}
+    for block, error in _object(entry.get("errors")).items():
+        found, floor, scale = number(error), number(floors.get(block)), positive(scales.get(block))
+        if found is not None and floor is not None and scale is not None:
+            by_block[str(block)] = (found - floor) / scale
     return Tried(
         name=entry["name"],
         method=f"{method} sequential" if entry.get("sequential") is True else method,
         step="" if step is None else f"{step:g}",
-        loss=positive(entry.get("loss")),
-        by_block={block: loss / nearest[block] for block, loss in _losses(entry).items() if block in nearest},
+        loss=number(entry.get("loss")),
+        by_block=by_block,
         block_seconds=positive(entry.get("block_seconds")),
         seconds=positive(entry.get("seconds")),
         reason=text(entry.get("why_not")) or "",
-        chosen=entry["name"] == chosen,
+        chosen=entry["name"] == choice.get("chosen"),
     )
 
 
-def _losses(entry: dict[str, Any]) -> dict[str, float]:
-    found = entry.get("losses")
-    losses = {str(block): positive(loss) for block, loss in found.items()} if isinstance(found, dict) else {}
-    return {block: loss for block, loss in losses.items() if loss is not None}
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def lead(certificate: Certificate) -> str:
@@ -71,8 +73,9 @@ def lead(certificate: Certificate) -> str:
     why = (text(choice.get("why")) or "") if isinstance(choice, dict) else ""
     twice = any(len(entry.by_block) > 1 for entry in tried(certificate))
     return (
-        f"{why}. Loss is the error of a block's output on calibration text that was held back, as a share of that of "
-        "rounding to nearest; time is that of the whole run, foreseen from the blocks tried, with a margin."
+        f"{why}. Loss is what a candidate adds to the error of a block's output, on calibration text held back, "
+        "in units of what rounding to nearest does to the block by itself; below 0 it undoes what blocks before have "
+        "done. Time is that of the whole run, foreseen from the blocks tried, with a margin."
         + (" Only the best were tried on the second block; the others are drawn hollow." if twice else "")
     )
 
@@ -85,7 +88,7 @@ def candidates(certificate: Certificate) -> str:
         [
             esc(entry.name),
             *(f"{entry.by_block[block]:.3f}" if block in entry.by_block else DASH for block in blocks),
-            *([f"{entry.loss:.3f}" if entry.loss else DASH] if len(blocks) != 1 else []),
+            *([DASH if entry.loss is None else f"{entry.loss:.3f}"] if len(blocks) != 1 else []),
             duration_text(entry.block_seconds) if entry.block_seconds else DASH,
             duration_text(entry.seconds) if entry.seconds else DASH,
             "chosen" if entry.chosen else esc(entry.reason) or DASH,
@@ -100,7 +103,7 @@ def candidates(certificate: Certificate) -> str:
 
 def chart(certificate: Certificate) -> str:
     """Loss against time, the time there was, and the one that was taken."""
-    shown = [entry for entry in tried(certificate) if entry.loss and entry.seconds]
+    shown = [entry for entry in tried(certificate) if entry.loss is not None and entry.seconds]
     minutes = positive(certificate.raw["auto"].get("minutes")) if shown else None
     if len(shown) < 2 or minutes is None:
         return ""
@@ -117,13 +120,13 @@ def chart(certificate: Certificate) -> str:
             look = (BASELINE, "p") if index < 0 else (SERIES[index % len(SERIES)], _MARKERS[index % len(_MARKERS)])
             _series(axis, members, *look, most)
         axis.axvline(minutes, color=INK, linewidth=1.0, linestyle=(0, (4, 3)), label=f"the time given: {minutes:g} min")
-        for side, values in (
-            (axis.xaxis, [minutes, *((entry.seconds or 0.0) / 60 for entry in shown)]),
-            (axis.yaxis, [entry.loss or 0.0 for entry in shown]),
-        ):
-            _logarithmic(axis, side, min(values) / 1.15, max(values) * 1.15)
+        times = [minutes, *((entry.seconds or 0.0) / 60 for entry in shown)]
+        losses = [entry.loss or 0.0 for entry in shown]
+        _logarithmic(axis, axis.xaxis, min(times) / 1.15, max(times) * 1.15)
+        if min(losses) > 0:
+            _logarithmic(axis, axis.yaxis, min(losses) / 1.15, max(losses) * 1.15)
         axis.set_xlabel("predicted time of the whole run, minutes")
-        axis.set_ylabel("loss, rounding to nearest = 1")
+        axis.set_ylabel("loss, in units of what\nrounding to nearest does")
         canvas.legend(loc="outside upper left", ncols=3 if wide else 1, borderaxespad=0.0, handlelength=2.2)
 
     lines = len(methods) + 2
