@@ -15,6 +15,7 @@ METHODS = Registry(
         "llm_fp4": "fewbits.algorithms.llm_fp4:LLMFP4",
         "rtn": "fewbits.algorithms.rtn:RTN",
         "refine": "fewbits.algorithms.refine:Refine",
+        "lowrank": "fewbits.algorithms.low_rank:LowRankCorrection",
         "learned": "fewbits.algorithms.learned:LearnedRounding",
     },
 )

@@ -8,7 +8,8 @@
 | transform | changes a block so that it computes the same and quantizes better | `apply(block)` |
 | weights | turns a weight into codes; exactly one, `rtn` if none is named | `solve(weight, format, inputs, name)` |
 | refine | improves codes and scales that are there | `refine(solved, weight, inputs, name)` |
-| learn | improves those of a whole block at once, against the block's output | `learn(lesson)` |
+| residual | adds what codes do not hold, in 16 bits; one at most | `correct(solved, weights, inputs, name, again)` |
+| learn | improves the codes of a whole block at once, against the block's output | `learn(lesson)` |
 
 Each step is a frozen dataclass of options that says in `statistics` what calibration must collect; calibration
 collects the union once. The objective every calibrated step is judged by is the layer's output error over the
@@ -33,9 +34,10 @@ from fewbits.calibration.stats import Inputs
 from fewbits.checkpoints.base import Source
 from fewbits.core.errors import BadInput, FewbitsError
 from fewbits.formats import Format, Quantized
+from fewbits.formats.low_rank import LowRank, LowRankSpec
 from fewbits.models.topology import Topology
 
-ROLES = ("rewrite", "transform", "weights", "refine", "learn")
+ROLES = ("rewrite", "transform", "weights", "refine", "residual", "learn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,34 @@ class Refinement(Step, Protocol):
     def refine(self, solved: Solved, weight: Tensor, inputs: Inputs, name: str) -> Solved: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Corrected:
+    """solved: the codes, perhaps others than before, their loss that of the linears with their residuals.
+    residuals: of each linear, in order; None where it has none."""
+
+    solved: Solved
+    residuals: Sequence[LowRank | None]
+
+
+class Residual(Step, Protocol):
+    """Adds to each linear what its codes do not hold; never makes it worse."""
+
+    def spec(self, shape: tuple[int, int]) -> LowRankSpec | None:
+        """What a linear of `shape` (out, in) will get."""
+        ...
+
+    def correct(
+        self,
+        solved: Solved,
+        weights: Sequence[Tensor],
+        inputs: Inputs,
+        name: str,
+        again: Callable[[Tensor], Solved],
+    ) -> Corrected:
+        """Residuals of `weights` [out, in], solved one below the other as `solved`; `again` solves others like that."""
+        ...
+
+
 @dataclass(kw_only=True)
 class Stage:
     """Linears that receive one and the same input, and what is known of it."""
@@ -139,13 +169,19 @@ class Transform(Step, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Pupil:
-    """A linear of a block being learned: `weight` [out, in] float32 before it was quantized, its codes so far, and what
-    is known of its inputs."""
+    """A linear of a block being learned: `weight` [out, in] float32 before it was quantized, its codes so far, what is
+    known of its inputs, and the residual that goes with the codes."""
 
     ref: Ref
     weight: Tensor
     quantized: Quantized
     inputs: Inputs
+    residual: LowRank | None = None
+
+    def values(self, quantized: Quantized) -> Tensor:
+        """What the linear computes with, [out, in] float32, when its codes are `quantized`."""
+        decoded = quantized.dequantize()
+        return decoded if self.residual is None else decoded + self.residual.dense()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +228,23 @@ def need_hessian(inputs: Inputs, method: str, name: str) -> Tensor:
             f"{name}: the calibration inputs overflowed (NaN or infinite Hessian); calibrate in float32 or bfloat16"
         )
     return inputs.hessian
+
+
+def damped_hessian(hessian: Tensor, damping: float) -> Tensor:
+    """H + damping mean(diag H) I in float64, inputs that were always zero taken for average ones."""
+    found = hessian.to(torch.float64, copy=True)
+    dead, mean = found.diagonal() == 0, float(found.diagonal().mean())
+    found.diagonal().add_(damping * mean).masked_fill_(dead, mean)
+    return found
+
+
+def drifted(weight: Tensor, inputs: Inputs, hessian: Tensor, strength: float) -> Tensor:
+    """W (I + strength C H^-1): what to aim at where the drift C of the inputs is known, which completes the square of
+    GPTAQ's objective; else W. `hessian`: damped, float64."""
+    if inputs.cross is None or not strength:
+        return weight
+    shift = torch.linalg.solve(hessian, inputs.cross.double(), left=False)
+    return weight + strength * (weight @ shift.to(weight.dtype))
 
 
 def proxy_loss(delta: Tensor, hessian: Tensor) -> Tensor:

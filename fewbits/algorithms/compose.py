@@ -1,8 +1,8 @@
 """Compositions: `--method awq,gptq,refine` as one recipe of steps.
 
 Steps run in the order of their roles whatever the order they are named in: rewrites, transforms (as named), the one
-method that makes codes (`rtn` if none is named), refinements and learners (as named). An option goes to every step that
-has a field of that name; `gptq.damping` goes to that step alone. A method may bring others along (`brings`).
+method that makes codes (`rtn` if none is named), refinements (as named), a residual, learners. An option goes to every
+step that has a field of that name; `gptq.damping` goes to that step alone. A method may bring others along (`brings`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewbits.algorithms import METHODS
-from fewbits.algorithms.base import ROLES, Learner, Refinement, Rewrite, Step, Transform, WeightMethod
+from fewbits.algorithms.base import ROLES, Learner, Refinement, Residual, Rewrite, Step, Transform, WeightMethod
 from fewbits.core.errors import BadInput, unknown
 
 
@@ -26,6 +26,7 @@ class Recipe:
     transforms: tuple[Transform, ...]
     weights: WeightMethod
     refinements: tuple[Refinement, ...]
+    residual: Residual | None = None
     learners: tuple[Learner, ...] = ()
 
     @property
@@ -35,7 +36,8 @@ class Recipe:
     @property
     def steps(self) -> dict[str, Step]:
         """name -> step, in the order they are taken."""
-        taken = (*self.rewrites, *self.transforms, self.weights, *self.refinements, *self.learners)
+        residual = () if self.residual is None else (self.residual,)
+        taken = (*self.rewrites, *self.transforms, self.weights, *self.refinements, *residual, *self.learners)
         return dict(zip(self.names, taken, strict=True))
 
     @property
@@ -61,6 +63,9 @@ def compose(names: str | Iterable[str], options: Mapping[str, Any] | None = None
     solvers = [name for name in wanted if kinds[name].role == "weights"]
     if len(solvers) > 1:
         raise BadInput(f"method {','.join(wanted)}: {' and '.join(solvers)} both make the codes; name one of them")
+    residuals = [name for name in wanted if kinds[name].role == "residual"]
+    if len(residuals) > 1:
+        raise BadInput(f"method {','.join(wanted)}: {' and '.join(residuals)} both add a residual; name one of them")
     if not solvers:
         kinds["rtn"] = METHODS.get("rtn")
         solvers = ["rtn"]
@@ -77,6 +82,7 @@ def compose(names: str | Iterable[str], options: Mapping[str, Any] | None = None
         transforms=of("transform"),
         weights=made[solvers[0]],
         refinements=of("refine"),
+        residual=made[residuals[0]] if residuals else None,
         learners=of("learn"),
     )
 

@@ -145,6 +145,7 @@ class _Variables:
 
     def __init__(self, pupil: Pupil) -> None:
         self.ref, self.start = pupil.ref, pupil.quantized
+        self.residual = None if pupil.residual is None else pupil.residual.dense()
         self.distance = distance(pupil)
         self.offset = torch.zeros_like(self.distance)
         scaling = self.start.format.scaling
@@ -177,7 +178,8 @@ class _Variables:
 
     def write(self) -> None:
         """Puts the values into the block."""
-        self.ref.write(self.quantized().dequantize())
+        decoded = self.quantized().dequantize()
+        self.ref.write(decoded if self.residual is None else decoded + self.residual)
 
     @torch.no_grad()
     def step(self, rate: float, range_rate: float) -> None:
@@ -187,14 +189,15 @@ class _Variables:
             return  # nothing that ran depends on it
         gradient = gradient.float()
         if self.factor is not None and range_rate:
-            slope = block_sums(gradient * self.ref.weight, self.start.format)
+            decoded = self.ref.weight if self.residual is None else self.ref.weight - self.residual
+            slope = block_sums(gradient * decoded, self.start.format)
             self.factor.sub_(slope.sign_(), alpha=range_rate).clamp_(*_FACTORS)
         self.offset.sub_(gradient.sign(), alpha=rate).clamp_(-0.5, 0.5)
 
 
 def distance(pupil: Pupil) -> Tensor:
     """r [out, in]: how many levels from its code each weight begins, less than half a level."""
-    error = pupil.weight - pupil.quantized.dequantize()
+    error = pupil.weight - pupil.values(pupil.quantized)
     own = _in_levels(error, pupil.quantized)
     hessian = pupil.inputs.hessian
     rounded = float((own.abs() <= 0.5).float().mean()) >= _ROUNDED

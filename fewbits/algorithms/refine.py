@@ -33,7 +33,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewbits.algorithms.base import Solved, need_hessian, proxy_loss
+from fewbits.algorithms.base import Solved, damped_hessian, drifted, need_hessian, proxy_loss
 from fewbits.calibration.stats import Inputs
 from fewbits.core.errors import BadInput
 from fewbits.formats import Format, Quantized
@@ -62,17 +62,12 @@ class Refine:
 
     def refine(self, solved: Solved, weight: Tensor, inputs: Inputs, name: str) -> Solved:
         """`solved` with a loss that is lower or the same, row by row where rows are independent."""
-        hessian = need_hessian(inputs, "refine", name).to(torch.float64, copy=True)
-        mean = float(hessian.diagonal().mean())
-        if mean == 0:
+        if not bool(need_hessian(inputs, "refine", name).any()):
             return solved  # no input came by: there is nothing to be closer to
-        dead = hessian.diagonal() == 0
-        hessian.diagonal().add_(self.damping * mean).masked_fill_(dead, mean)
+        assert inputs.hessian is not None
+        hessian = damped_hessian(inputs.hessian, self.damping)
         weight = weight if weight.dtype == torch.float64 else weight.float()
-        target = weight
-        if inputs.cross is not None and self.strength:
-            shift = torch.linalg.solve(hessian, inputs.cross.double(), left=False)
-            target = weight + self.strength * (weight @ shift.to(weight.dtype))
+        target = drifted(weight, inputs, hessian, self.strength)
         damped = hessian.to(weight.dtype)
         found = solved.quantized
         for _ in range(self.rounds):
@@ -83,7 +78,6 @@ class Refine:
                 found = better(found, descend(found, target, damped), target, damped)
             if torch.equal(found.codes, before.codes) and torch.equal(found.scale, before.scale):
                 break
-        assert inputs.hessian is not None
         rtn = solved.rtn_loss
         if rtn is None:
             rtn = proxy_loss(weight - found.format.quantize(weight, name).dequantize(weight.dtype), inputs.hessian)

@@ -16,10 +16,14 @@ Per quantized linear `M` of shape [out, in] in a format of b bits:
     value = (level[code] - zero) * scale
 
 A module may also have "input_hadamard": [12, 128]: its weight is that of the transformed input, and a reader transforms
-the input by those Hadamard factors first (formats/hadamard.py).
+the input by those Hadamard factors first (formats/hadamard.py). And "residual": {"rank": 16, "dtype": "bfloat16"}: with
+two more tensors its weight is Q + B A, Q the decoded codes (formats/low_rank.py):
 
-Everything else in the checkpoint is what the source had. A file states the lowest version that can say what is in it: 2
-with an input_hadamard, else 1. A reader refuses a version above its own.
+    M.residual_out  B [out, rank]
+    M.residual_in   A [rank, in]
+
+Everything else in the checkpoint is what the source had. A file states the lowest version that can say what is in it: 3
+with a residual, else 2 with an input_hadamard, else 1. A reader refuses a version above its own.
 """
 
 from __future__ import annotations
@@ -34,9 +38,10 @@ import torch
 from fewbits.checkpoints.base import Source
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.formats import Format, Quantized, hadamard, parse_format
+from fewbits.formats.low_rank import DTYPES, LowRank, LowRankSpec
 
 QUANT_METHOD = "fewbits"
-VERSION = 2
+VERSION = 3
 # Names, not eval: a checkpoint may only pick from this table.
 SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -49,25 +54,33 @@ class Module:
     activations: Format | None
     shape: tuple[int, int]
     input_hadamard: tuple[int, ...] = ()
+    residual: LowRankSpec | None = None
 
 
 def module_entry(
-    format: Format, activations: Format | None, shape: tuple[int, int], input_hadamard: Sequence[int] | None = None
+    format: Format,
+    activations: Format | None,
+    shape: tuple[int, int],
+    input_hadamard: Sequence[int] | None = None,
+    residual: LowRankSpec | None = None,
 ) -> dict[str, Any]:
     """What config.json says of one linear."""
-    transformed = {"input_hadamard": list(input_hadamard)} if input_hadamard else {}
+    more: dict[str, Any] = {"input_hadamard": list(input_hadamard)} if input_hadamard else {}
+    if residual is not None:
+        more["residual"] = {"rank": residual.rank, "dtype": residual.dtype_name}
     return {
         "format": format.name,
         "shape": list(shape),
         "scale_dtype": str(format.scaling.scale_dtype).removeprefix("torch."),
         "activations": None if activations is None else activations.name,
-        **transformed,
+        **more,
     }
 
 
 def quantization_config(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """`quantization_config` of config.json."""
-    version = 2 if any("input_hadamard" in entry for entry in modules.values()) else 1
+    said = {key for entry in modules.values() for key in entry}
+    version = 3 if "residual" in said else 2 if "input_hadamard" in said else 1
     return {"quant_method": QUANT_METHOD, "version": version, "modules": modules}
 
 
@@ -91,6 +104,7 @@ def read_modules(config: dict[str, Any]) -> dict[str, Module]:
             activations=None if activations is None else parse_format(activations),
             shape=(shape[0], shape[1]),
             input_hadamard=_orders(name, entry.get("input_hadamard", []), shape[1]),
+            residual=_residual(name, entry.get("residual"), (shape[0], shape[1])),
         )
     return modules
 
@@ -105,6 +119,17 @@ def _orders(name: str, orders: Any, columns: int) -> tuple[int, ...]:
     return tuple(orders)
 
 
+def _residual(name: str, entry: Any, shape: tuple[int, int]) -> LowRankSpec | None:
+    if entry is None:
+        return None
+    rank, dtype = (entry.get(key) for key in ("rank", "dtype")) if isinstance(entry, dict) else (None, None)
+    if type(rank) is not int or not 1 <= rank <= min(shape) or dtype not in DTYPES:
+        raise BadInput(
+            f"{name}: residual {entry!r}; expected a rank from 1 to {min(shape)} and a dtype of {', '.join(DTYPES)}"
+        )
+    return LowRankSpec(rank=rank, dtype=DTYPES[dtype])
+
+
 def decode(source: Source, module: str, format: Format, shape: tuple[int, int]) -> Quantized:
     """Reads one linear back as codes."""
     state = {name: source.tensor(f"{module}.{name}") for name in format.layout(shape)}
@@ -115,3 +140,14 @@ def decode(source: Source, module: str, format: Format, shape: tuple[int, int]) 
     if not bool(torch.isfinite(weight.scale.float()).all()):
         raise BadInput(f"{module}: its scales are not finite: the checkpoint is damaged")
     return weight
+
+
+def residual(source: Source, module: str, entry: Module) -> LowRank | None:
+    """Reads what goes beside the codes of one linear, if anything does."""
+    if entry.residual is None:
+        return None
+    state = {name: source.tensor(f"{module}.{name}") for name in entry.residual.layout(entry.shape)}
+    try:
+        return LowRank.from_state(entry.residual, entry.shape, state)
+    except BadInput as error:
+        raise BadInput(f"{module}: {error}: the checkpoint is damaged") from error

@@ -1,4 +1,4 @@
-"""A linear layer whose weight is quantized: `y = x @ W.T + b`.
+"""A linear layer whose weight is quantized: `y = x @ W.T + b`, and with a residual `y = x @ Q.T + (x @ A.T) @ B.T + b`.
 
 Life of a QLinear:
 
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from fewbits.formats import Format, Quantized, hadamard
 from fewbits.formats import bits as packing
-from fewbits.formats.rows import check_rows
+from fewbits.formats.low_rank import LowRank, LowRankSpec
+from fewbits.formats.rows import check_rows, round_rows
 from fewbits.kernels import KERNELS, Kernel, LinearSpec, No, Packed, Yes, choose, explain
 
 
@@ -35,6 +36,8 @@ class QLinear(nn.Module):
     activations: a format that x is rounded to, each row alone (formats/rows.py), before the product; or None.
     input_hadamard: orders of the Hadamard transform x goes through before that (formats/hadamard.py), or none; the
     weight, and `dequantize`, are those of the transformed x.
+    residual: rank and dtype of a low-rank matrix that is added to what the codes stand for (formats/low_rank.py), or
+    None; it multiplies the very x that the codes do, rounded where that is rounded.
     Tensors are allocated empty; fill them by `load_state_dict`, or use `from_quantized`.
     """
 
@@ -52,6 +55,7 @@ class QLinear(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         input_hadamard: Sequence[int] = (),
+        residual: LowRankSpec | None = None,
     ) -> None:
         super().__init__()
         if activations is not None:
@@ -65,6 +69,10 @@ class QLinear(nn.Module):
         self._stored = format.layout((out_features, in_features))
         for name, (shape, stored_as) in self._stored.items():
             self.register_buffer(name, torch.empty(shape, dtype=stored_as, device=device))
+        self.residual_spec = residual
+        if residual is not None:
+            for name, size in residual.layout((out_features, in_features)).items():
+                self.register_buffer(name, torch.empty(size, dtype=residual.dtype, device=device))
         empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
 
@@ -75,14 +83,15 @@ class QLinear(nn.Module):
         bias: Tensor | None = None,
         activations: Format | None = None,
         input_hadamard: Sequence[int] = (),
+        residual: LowRank | None = None,
     ) -> QLinear:
         """A canonical module (not yet prepacked) holding `weight`; the tensors are shared, not copied."""
         out_features, in_features = weight.shape
         module = cls(
             in_features, out_features, weight.format, bias is not None, activations,
-            device="meta", input_hadamard=input_hadamard,
+            device="meta", input_hadamard=input_hadamard, residual=None if residual is None else residual.spec,
         )  # fmt: skip
-        for name, tensor in weight.to_state().items():
+        for name, tensor in {**weight.to_state(), **(residual.to_state() if residual is not None else {})}.items():
             setattr(module, name, tensor)
         if bias is not None:
             module.bias = nn.Parameter(bias.detach(), requires_grad=False)
@@ -134,9 +143,18 @@ class QLinear(nn.Module):
         state = {name: self._canonical_codes() if name == "codes" else getattr(self, name) for name in self._stored}
         return Quantized.from_state(self.format, (self.out_features, self.in_features), state)
 
+    @property
+    def residual(self) -> LowRank | None:
+        """The low-rank matrix added to what the codes stand for."""
+        if self.residual_spec is None:
+            return None
+        return LowRank(out=self.get_buffer("residual_out"), into=self.get_buffer("residual_in"))
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense weight [out, in]."""
-        return self.quantized().dequantize(dtype)
+        """The dense weight [out, in], residual included."""
+        if self.residual is None:
+            return self.quantized().dequantize(dtype)
+        return (self.quantized().dequantize() + self.residual.dense()).to(dtype)
 
     @property
     def packed(self) -> Packed | None:
@@ -161,6 +179,8 @@ class QLinear(nn.Module):
         if self.input_hadamard:
             x = hadamard.transform(x, self.input_hadamard)
         y: Tensor = KERNELS.get(self.kernel).linear(x, self._packed, self._spec)
+        if self.residual is not None:
+            y = y + self.residual.apply(rounded(x, self.activations))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _canonical_codes(self) -> Tensor:
@@ -200,7 +220,16 @@ class QLinear(nn.Module):
             text += f", activations={self.activations.name}"
         if self.input_hadamard:
             text += f", input_hadamard={'x'.join(map(str, self.input_hadamard))}"
+        if self.residual_spec is not None:
+            text += f", residual of rank {self.residual_spec.rank}"
         return f"{text}, format={self.format.name}, kernel={self.kernel or 'not yet chosen'}"
+
+
+def rounded(x: Tensor, format: Format | None) -> Tensor:
+    """x [..., in] as a product with activations in `format` sees it."""
+    if format is None:
+        return x
+    return round_rows(x.reshape(-1, x.shape[-1]), format).reshape(x.shape).to(x.dtype)
 
 
 def qlinears(model: nn.Module) -> Iterator[tuple[str, QLinear]]:

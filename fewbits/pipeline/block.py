@@ -6,7 +6,7 @@ another partial forward of the calibration text.
 
 Linears that receive the same input share one Hessian and one factorisation: their rows are stacked, solved
 together and taken apart again, those of one format each. Rows do not influence each other, so this changes
-nothing but the time.
+nothing but the time. A residual is of one linear each.
 
 A recipe that learns does so once all linears of the block have codes, and only then are they recorded.
 """
@@ -30,6 +30,7 @@ from fewbits.calibration.coverage import cover
 from fewbits.calibration.stats import Inputs, InputSum
 from fewbits.core.errors import Unsupported
 from fewbits.formats import Format, Quantized
+from fewbits.formats.low_rank import LowRank
 from fewbits.formats.rows import round_rows
 from fewbits.metrics import sqnr_db
 from fewbits.metrics.error import relative_error as weight_error
@@ -47,6 +48,7 @@ class Layer:
     disk_name: str
     weight: Quantized
     record: dict[str, Any]
+    residual: LowRank | None = None
 
 
 def solve_block(
@@ -192,16 +194,25 @@ def _solve(members: Sequence[Ref], inputs: Inputs, prefix: str, format: Format, 
     started = time.perf_counter()
     name = f"{prefix}.{members[0].name}.weight"
     weights = [ref.weight.to(torch.float32, copy=True) for ref in members]
-    solved = recipe.weights.solve(torch.cat(weights), format, inputs, name)
-    for refinement in recipe.refinements:
-        solved = refinement.refine(solved, torch.cat(weights), inputs, name)
+
+    def solve(stacked: Tensor) -> Solved:
+        found = recipe.weights.solve(stacked, format, inputs, name)
+        for refinement in recipe.refinements:
+            found = refinement.refine(found, stacked, inputs, name)
+        return found
+
+    solved = solve(torch.cat(weights))
+    residuals: Sequence[LowRank | None] = [None] * len(weights)
+    if recipe.residual is not None:
+        done = recipe.residual.correct(solved, weights, inputs, name, solve)
+        solved, residuals = done.solved, done.residuals
     seconds = (time.perf_counter() - started) / len(members)
     parts, start = [], 0
-    for ref, weight in zip(members, weights, strict=True):
+    for ref, weight, residual in zip(members, weights, residuals, strict=True):
         own = _rows(solved, start, len(weight))
         start += len(weight)
-        ref.write(own.quantized.dequantize())
-        pupil = Pupil(ref=ref, weight=weight, quantized=own.quantized, inputs=inputs)
+        pupil = Pupil(ref=ref, weight=weight, quantized=own.quantized, inputs=inputs, residual=residual)
+        ref.write(pupil.values(own.quantized))
         calibrated = bool(recipe.statistics)
         parts.append(_Part(pupil=pupil, solved=own, calibrated=calibrated, seconds=seconds))
     return parts
@@ -211,7 +222,7 @@ def _learned(parts: Sequence[_Part], lesson: Learned, seconds: float) -> list[_P
     """`parts` with what was learned in place of their codes, in the block too."""
     found = []
     for part, quantized in zip(parts, lesson.quantized, strict=True):
-        decoded = quantized.dequantize()
+        decoded = part.pupil.values(quantized)
         part.pupil.ref.write(decoded)
         loss = part.solved.loss
         if loss is not None and part.pupil.inputs.hessian is not None:
@@ -231,15 +242,15 @@ def _learned(parts: Sequence[_Part], lesson: Learned, seconds: float) -> list[_P
 
 def _layer(part: _Part, index: int, prefix: str, notes: Mapping[str, list[str]]) -> Layer:
     ref, weight, solved = part.pupil.ref, part.pupil.weight, part.solved
-    quantized = solved.quantized
-    decoded = quantized.dequantize()
+    quantized, residual = solved.quantized, part.pupil.residual
+    decoded = part.pupil.values(quantized)
     record = {
         "name": f"{prefix}.{ref.name}",
         "kind": ref.kind,
         "block": index,
         "shape": list(quantized.shape),
         "format": quantized.format.name,
-        "bits": quantized.format.bits_per_weight(quantized.shape),
+        "bits": quantized.format.bits_per_weight(quantized.shape) + _bits(residual, quantized.shape),
         "parameters": weight.numel(),
         "tokens": part.pupil.inputs.tokens if part.calibrated else None,
         "expert": ref.index if isinstance(ref, ExpertRef) else None,
@@ -257,9 +268,17 @@ def _layer(part: _Part, index: int, prefix: str, notes: Mapping[str, list[str]])
             record["error_of"] = "outputs"
             record["relative_error"] = float(solved.loss.sum()) / total_loss
             record["rtn_relative_error"] = float(solved.rtn_loss.sum()) / total_loss
+    if residual is not None:
+        spec = residual.spec
+        record["residual"] = {"rank": spec.rank, "dtype": spec.dtype_name, "bits": _bits(residual, quantized.shape)}
     if part.learned is not None:
         record["block_loss"] = dict(zip(("before", "after"), map(finite, part.learned), strict=True))
-    return Layer(disk_name=f"{prefix}.{ref.disk_name}", weight=quantized, record=record)
+    return Layer(disk_name=f"{prefix}.{ref.disk_name}", weight=quantized, record=record, residual=residual)
+
+
+def _bits(residual: LowRank | None, shape: tuple[int, int]) -> float:
+    """What a residual adds per weight of a linear of `shape`."""
+    return 0.0 if residual is None else residual.spec.bits(shape) / (shape[0] * shape[1])
 
 
 def _rows(whole: Solved, start: int, count: int) -> Solved:

@@ -20,6 +20,7 @@ from fewbits.checkpoints.base import Source
 from fewbits.checkpoints.source import open_source
 from fewbits.core.errors import BadInput, Unsupported, unknown
 from fewbits.formats import Format, Scheme, parse_format, parse_scheme
+from fewbits.formats.low_rank import LowRankSpec
 from fewbits.planner import auto
 from fewbits.planner.plan import Plan
 
@@ -71,6 +72,10 @@ class Job:
         if self.plan is None:
             return self.scheme.weights
         return parse_format(self.plan.layers[name]).with_scale_dtype(self.dtype)
+
+    def residual(self, shape: tuple[int, int]) -> LowRankSpec | None:
+        """What a linear of `shape` (out, in) gets beside its codes."""
+        return None if self.recipe.residual is None else self.recipe.residual.spec(shape)
 
     def fingerprint(self) -> dict[str, Any]:
         """JSON that two runs share exactly when they compute the same tensors.

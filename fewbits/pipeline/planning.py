@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbits.algorithms.base import WeightMethod
+from fewbits.algorithms.base import Residual, WeightMethod
 from fewbits.algorithms.compose import compose
 from fewbits.calibration.data import TextSpec, TokenSet
 from fewbits.checkpoints.source import open_source
@@ -30,7 +30,7 @@ from fewbits.pipeline.job import DTYPES, calibration_tokens, choose_device, comp
 from fewbits.pipeline.shell import ModelShell, check_vocabulary
 from fewbits.planner.candidates import Group, candidates, check_target, groups
 from fewbits.planner.measurements import Cost, Measurements, read_measurements
-from fewbits.planner.plan import Plan, check_budget, make_plan
+from fewbits.planner.plan import LEAST_BITS, Plan, check_budget, make_plan
 from fewbits.planner.sensitivity import Sums, cost, parts, watched
 
 _BATCH_TOKENS = 2048
@@ -55,12 +55,14 @@ def plan(
     dtype: str | None = None,
     device: str | None = None,
     on_progress: OnProgress | None = None,
+    residual: Residual | None = None,
 ) -> Plan:
     """The format of every layer of `model` that loses least at `bits` per weight on average, scales included.
 
     formats: names to choose from; default: integers of 2, 3, 4, 5, 6 and 8 bits under groups of `group_size` (64).
     target: who must be able to run it (`planner.candidates.TARGETS`). measurements: file that keeps what was measured,
     for other budgets to reuse. method: how codes are chosen while measuring, gptq or rtn.
+    residual: goes beside the codes of every layer; the plan has what it leaves of `bits`.
     The rest as for `quantize`. Raises BadInput before any work for arguments that make no sense.
     """
     check_target(target)
@@ -92,6 +94,8 @@ def plan(
     every = [group for block in chosen for group, _ in block]
     if not every:
         raise BadInput(f"nothing to plan: every linear matches an ignore pattern ({', '.join(ignore)})")
+    if residual is not None:
+        bits = _less(bits, residual, every)
     refused = check_budget(every, found, bits, target=target, device=place)
     lacking = {
         group.name: [f for f in found if f.name not in refused[group.name] and f.name not in known.of(group)]
@@ -100,6 +104,19 @@ def plan(
     if any(lacking.values()):
         measure(shell, chosen, lacking, known, recipe.weights, tokens, path, on_progress or (lambda _: None))
     return make_plan(known, found, bits, target=target, device=place, model=source.path)
+
+
+def _less(bits: float, residual: Residual, groups: Sequence[Group]) -> float:
+    """What `residual` leaves of `bits` per weight."""
+    shapes = [shape for group in groups for shape in group.members.values()]
+    taken = sum(spec.bits(shape) for shape in shapes if (spec := residual.spec(shape)) is not None)
+    taken_each = taken / sum(rows * columns for rows, columns in shapes)
+    if bits - taken_each < LEAST_BITS:
+        raise BadInput(
+            f"{bits:g} bits per weight, of which the residual takes {taken_each:.3f}: less than {LEAST_BITS} are left "
+            "for the codes; ask for more bits or a lower rank"
+        )
+    return bits - taken_each
 
 
 def measure(

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbits.algorithms.base import Residual
+from fewbits.algorithms.compose import compose
 from fewbits.calibration.collect import Ref
 from fewbits.calibration.data import TextSpec, TokenSet
 from fewbits.checkpoints import compressed_tensors, native
@@ -35,6 +37,7 @@ from fewbits.pipeline.measure import measure
 from fewbits.pipeline.planning import plan as make_plan
 from fewbits.pipeline.shell import ModelShell, check_vocabulary
 from fewbits.pipeline.streams import batches, embed, solve_and_advance
+from fewbits.planner import auto
 from fewbits.planner.plan import Plan, read_plan
 
 
@@ -93,7 +96,7 @@ def quantize(
         plan = make_plan(
             model, bits, measurements=measurements or Path(f"{out}.measurements.json"), group_size=group_size,
             calibration=calibration, samples=samples, sequence_length=sequence_length, seed=seed, ignore=ignore,
-            dtype=dtype, device=device, on_progress=report,
+            dtype=dtype, device=device, on_progress=report, residual=_residual(method, method_options),
         )  # fmt: skip
     elif plan is not None and not isinstance(plan, Plan):
         plan = read_plan(Path(plan))
@@ -119,6 +122,11 @@ def quantize(
                 f"{job.out}: {error.strerror or error}; finished blocks are kept, repeat the command to continue"
             ) from error
     return job.out
+
+
+def _residual(method: str | None, options: dict[str, Any] | None) -> Residual | None:
+    """What the method adds to the bits of a plan's formats; `auto` adds nothing."""
+    return None if method in (None, auto.NAME) else compose(method, options).residual
 
 
 def _check_output(out: Path) -> None:
@@ -210,6 +218,8 @@ def _checkpoint_kind(job: Job, modules: dict[str, tuple[tuple[int, int], Format]
     }
     if job.input_hadamard:
         said["it has no entry for inputs that are transformed as the model runs"] = job.recipe.name
+    if any(job.residual(shape) for shape, _ in modules.values()):
+        said["it has no entry for a residual beside the codes"] = job.recipe.name
     mixed = compressed_tensors.refuses_mix(format for _, format in modules.values())
     if job.checkpoint_format == "native" or ((said or mixed) and job.checkpoint_format == "auto"):
         return native.QUANT_METHOD
@@ -240,7 +250,7 @@ def _encoded(layer: Layer, job: Job, kind: str) -> dict[str, Tensor]:
     if kind == compressed_tensors.QUANT_METHOD:
         tensors = compressed_tensors.encode(layer.weight, job.scheme.activations)
     else:
-        tensors = layer.weight.to_state()
+        tensors = layer.weight.to_state() | (layer.residual.to_state() if layer.residual else {})
     return {f"{layer.disk_name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
 
@@ -291,7 +301,9 @@ def _assemble(
     else:
         config = native.quantization_config(
             {
-                name: native.module_entry(format, job.scheme.activations, shape, job.input_hadamard.get(name))
+                name: native.module_entry(
+                    format, job.scheme.activations, shape, job.input_hadamard.get(name), job.residual(shape)
+                )
                 for name, (shape, format) in modules.items()
             }
         )

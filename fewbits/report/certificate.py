@@ -204,7 +204,7 @@ def _layer(entry: dict[str, Any]) -> Layer | None:
         name=name,
         kind=text(entry.get("kind")) or name.rpartition(".")[2],
         block=int(block),
-        format=text(entry.get("format")) or "?",
+        format=(text(entry.get("format")) or "?") + _beside(_object(entry.get("residual"))),
         bits=positive(entry.get("bits")),
         parameters=int(number(entry.get("parameters")) or 0),
         error=number(entry.get("relative_error")),
@@ -214,6 +214,12 @@ def _layer(entry: dict[str, Any]) -> Layer | None:
         notes=tuple(map(str, _list(entry.get("notes")))),
         block_loss=_before_after(_object(entry.get("block_loss"))),
     )
+
+
+def _beside(residual: dict[str, Any]) -> str:
+    """What is named after a format where a residual goes beside the codes."""
+    rank = number(residual.get("rank"))
+    return "" if rank is None else f" + rank {rank:.0f}"
 
 
 def _before_after(entry: dict[str, Any]) -> tuple[float, float] | None:

@@ -25,6 +25,7 @@ from fewbits.checkpoints.base import Source
 from fewbits.checkpoints.source import open_source
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.formats import Format, Quantized, hadamard
+from fewbits.formats.low_rank import LowRank
 from fewbits.models.skeleton import load_block, skeleton
 from fewbits.models.topology import Topology, find_topology
 from fewbits.models.walk import ExpertRef, blocks, linears
@@ -139,14 +140,20 @@ class QuantizedModules:
         orders: tuple[int, ...] = getattr(self.entries[name], "input_hadamard", ())
         return orders
 
+    def residual(self, name: str) -> LowRank | None:
+        """What is added to what the codes stand for."""
+        return native.residual(self.source, name, self.entries[name]) if self.method == native.QUANT_METHOD else None
+
     def dense(self, name: str) -> Tensor:
-        """The weight of module `name` for its input as it is, untransformed."""
+        """The weight of module `name`, residual included, for its input as it is, untransformed."""
         weight, orders = self.read(name)[0].dequantize(), self.input_hadamard(name)
+        residual = self.residual(name)
+        weight = weight if residual is None else weight + residual.dense()
         return hadamard.transform(weight, orders, inverse=True) if orders else weight
 
     def qlinear(self, name: str, bias: Tensor | None) -> QLinear:
         weight, activations = self.read(name)
-        return QLinear.from_quantized(weight, bias, activations, self.input_hadamard(name))
+        return QLinear.from_quantized(weight, bias, activations, self.input_hadamard(name), self.residual(name))
 
 
 def quantized_modules(source: Source) -> QuantizedModules:
@@ -213,7 +220,11 @@ def _finish(model: Any, source: Source, dtype: torch.dtype, modules: dict[str, A
     if modules:
         entries = {
             name: native.module_entry(
-                module.format, module.activations, (module.out_features, module.in_features), module.input_hadamard
+                module.format,
+                module.activations,
+                (module.out_features, module.in_features),
+                module.input_hadamard,
+                module.residual_spec,
             )
             for name, module in modules.items()
         }

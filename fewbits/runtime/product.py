@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewbits.formats import hadamard
+from fewbits.formats.low_rank import LowRank
 from fewbits.kernels import KERNELS, Kernel, LinearSpec
 from fewbits.kernels.cpu_fp16 import half_linear, half_works, pack_half
-from fewbits.nn.qlinear import QLinear
+from fewbits.nn.qlinear import QLinear, rounded
 
 Apply = Callable[[Tensor], Tensor]
 
@@ -51,7 +52,8 @@ def _quantized(module: QLinear, dtype: torch.dtype) -> Product:
     packed, spec = module.prepack().packed, module.packed_spec
     assert packed is not None and module.kernel is not None
     kernel = KERNELS.get(module.kernel)
-    apply = _biased(_transformed(kernel.bind(packed, spec), module.input_hadamard), module.bias)
+    apply = _corrected(kernel.bind(packed, spec), module)
+    apply = _biased(_transformed(apply, module.input_hadamard), module.bias)
     return Product(apply, _input_dtype(kernel, spec, dtype), (module.out_features,))
 
 
@@ -62,6 +64,14 @@ def _input_dtype(kernel: Kernel, spec: LinearSpec, dtype: torch.dtype) -> torch.
 
 def _transformed(apply: Apply, orders: Sequence[int]) -> Apply:
     return (lambda x: apply(hadamard.transform(x, orders))) if orders else apply
+
+
+def _corrected(apply: Apply, module: QLinear) -> Apply:
+    """`apply` and the residual of `module`, its factors in float32 once and for all."""
+    if module.residual is None:
+        return apply
+    residual = LowRank(out=module.residual.out.float(), into=module.residual.into.float())
+    return lambda x: apply(x) + residual.apply(rounded(x.float(), module.activations))
 
 
 def _biased(apply: Apply, bias: Tensor | None) -> Apply:
@@ -100,7 +110,7 @@ def _joined(linears: Sequence[nn.Module], dtype: torch.dtype) -> Product | None:
         same = len({(linear.weight.dtype, linear.weight.device) for linear in linears}) == 1
         packs = linears[0].weight.dtype.itemsize == 2 and linears[0].weight.device.type == "cpu" and half_works()
         return _dense(linears) if same and packs else None
-    if not all(isinstance(linear, QLinear) and not linear.input_hadamard for linear in linears):
+    if any(not isinstance(linear, QLinear) or linear.input_hadamard or linear.residual for linear in linears):
         return None
     specs = [linear.prepack().packed_spec for linear in linears]
     widths = tuple(spec.shape[0] for spec in specs)
