@@ -119,6 +119,8 @@ def _measure(
         if reference is not None:
             _same_vocabulary(reference, forward, loaded.tokenizer)
         check_ids(tokens.ids, forward.vocabulary, loaded.name)
+        if kv is not None:
+            _check_window(kv, tokens.ids.shape[1])
         scores = score(forward, tokens.ids, reference, progress)
         dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
         where = forward.device.type
@@ -237,6 +239,16 @@ def windows(
         max_length=getattr(getattr(loaded.model, "config", None), "max_position_embeddings", None),
         description=description,
     )
+
+
+def _check_window(kv: KVFormat, length: int) -> None:
+    """BadInput where no token of a window would be read quantized: the loss would be 0 and say nothing."""
+    kept = kv.first + kv.recent + kv.group  # a group is read quantized once the next piece comes
+    if length <= kept:
+        raise BadInput(
+            f"windows of {length} tokens never read the cache {kv.name}: it keeps {kv.first} first and {kv.recent} "
+            f"recent tokens as they are; take windows above {kept}, or less to keep (-recent0-first0)"
+        )
 
 
 def _same_vocabulary(reference: Reference, forward: Forward, tokenizer: Any) -> None:

@@ -30,7 +30,6 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("fp4_fit-channel/fp8_e4m3-token", "llm_fp4", {}),
     ("MXFP4", "rotate,gptq", {"rotate.block": 32}),
     ("NVFP4_4OVER6", "preshift,gptq", {}),
-    ("fp8_block/fp8_e4m3-g64", "rtn", {}),
 ]
 
 
