@@ -243,7 +243,7 @@ def windows(
 
 def _check_window(kv: KVFormat, length: int) -> None:
     """BadInput where no token of a window would be read quantized: the loss would be 0 and say nothing."""
-    kept = kv.first + kv.recent + kv.group  # a group is read quantized once the next piece comes
+    kept = -(-(kv.first + kv.recent + kv.group) // kv.group) * kv.group  # pieces up to the one that fills a group
     if length <= kept:
         raise BadInput(
             f"windows of {length} tokens never read the cache {kv.name}: it keeps {kv.first} first and {kv.recent} "
