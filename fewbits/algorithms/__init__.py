@@ -13,6 +13,7 @@ METHODS = Registry(
         "gptaq": "fewbits.algorithms.gptaq:GPTAQ",
         "hqq": "fewbits.algorithms.hqq:HQQ",
         "llm_fp4": "fewbits.algorithms.llm_fp4:LLMFP4",
+        "llm_int8": "fewbits.algorithms.llm_int8:LLMInt8",
         "rtn": "fewbits.algorithms.rtn:RTN",
         "refine": "fewbits.algorithms.refine:Refine",
         "lowrank": "fewbits.algorithms.low_rank:LowRankCorrection",

@@ -35,6 +35,7 @@ from fewbits.checkpoints.base import Source
 from fewbits.core.errors import BadInput, FewbitsError
 from fewbits.formats import Format, Quantized
 from fewbits.formats.low_rank import LowRank, LowRankSpec
+from fewbits.formats.outliers import Outliers
 from fewbits.models.topology import Topology
 
 ROLES = ("rewrite", "transform", "weights", "refine", "residual", "learn")
@@ -46,6 +47,7 @@ class Solved:
 
     Calibrated methods report their objective per row [out]: `loss` of the result, `rtn_loss` of rounding to
     nearest, `zero_loss` of dropping the weight altogether (the scale the others are read against).
+    outliers: columns that stay in 16 bits.
     """
 
     quantized: Quantized
@@ -53,6 +55,7 @@ class Solved:
     loss: Tensor | None = None
     rtn_loss: Tensor | None = None
     zero_loss: Tensor | None = None
+    outliers: Outliers | None = None
 
 
 class Step(Protocol):
@@ -177,10 +180,13 @@ class Pupil:
     quantized: Quantized
     inputs: Inputs
     residual: LowRank | None = None
+    outliers: Outliers | None = None
 
     def values(self, quantized: Quantized) -> Tensor:
         """What the linear computes with, [out, in] float32, when its codes are `quantized`."""
         decoded = quantized.dequantize()
+        if self.outliers is not None:
+            return self.outliers.dense(decoded)
         return decoded if self.residual is None else decoded + self.residual.dense()
 
 

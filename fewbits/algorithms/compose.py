@@ -66,6 +66,12 @@ def compose(names: str | Iterable[str], options: Mapping[str, Any] | None = None
     residuals = [name for name in wanted if kinds[name].role == "residual"]
     if len(residuals) > 1:
         raise BadInput(f"method {','.join(wanted)}: {' and '.join(residuals)} both add a residual; name one of them")
+    after = [name for name in wanted if kinds[name].role in ("refine", "residual", "learn")]
+    if after and any(getattr(kinds[name], "keeps_outliers", False) for name in solvers):
+        raise BadInput(
+            f"method {','.join(wanted)}: {solvers[0]} keeps columns beside the codes that {after[0]} knows nothing of; "
+            "leave one of them out"
+        )
     if not solvers:
         kinds["rtn"] = METHODS.get("rtn")
         solvers = ["rtn"]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fewbits.core.errors import FewbitsError
 
-STATISTICS = ("hessian", "cross", "mean_abs", "rows", "reference")
+STATISTICS = ("hessian", "cross", "mean_abs", "max_abs", "rows", "reference")
 ROWS = 256  # at least so many tokens are kept, where there are so many, and less than twice as many
 
 
@@ -35,12 +35,14 @@ class Inputs:
     """What is known of the inputs of a linear; None where no step asked for it.
 
     hessian: H [in, in], float64, undamped.  cross: C [in, in].  mean_abs: mean |x| per channel [in].
+    max_abs: the largest |x| per channel [in].
     rows: some of the inputs, float32 [tokens, in].
     """
 
     hessian: Tensor | None = None
     cross: Tensor | None = None
     mean_abs: Tensor | None = None
+    max_abs: Tensor | None = None
     rows: Tensor | None = None
     tokens: int = 0
 
@@ -50,11 +52,13 @@ class Inputs:
         def both(matrix: Tensor | None) -> Tensor | None:
             return None if matrix is None else matrix / torch.outer(s, s).to(matrix.dtype)
 
-        mean_abs = None if self.mean_abs is None else self.mean_abs / s.to(self.mean_abs.dtype)
-        rows = None if self.rows is None else self.rows / s.to(self.rows.dtype)
+        def each(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values / s.to(values.dtype)
+
         return dataclasses.replace(
-            self, hessian=both(self.hessian), cross=both(self.cross), mean_abs=mean_abs, rows=rows
-        )
+            self, hessian=both(self.hessian), cross=both(self.cross), mean_abs=each(self.mean_abs),
+            max_abs=each(self.max_abs), rows=each(self.rows),
+        )  # fmt: skip
 
 
 class InputSum:
@@ -70,6 +74,7 @@ class InputSum:
 
         self.total, self.cross = matrix("hessian"), matrix("cross")
         self.magnitude = torch.zeros(in_features, dtype=torch.float64, device=device) if "mean_abs" in wanted else None
+        self.largest = torch.zeros(in_features, device=device) if "max_abs" in wanted else None
         self.rows = torch.zeros(0, in_features, device=device) if "rows" in wanted else None
         self._stride = 1
         self.tokens = 0
@@ -86,6 +91,8 @@ class InputSum:
             self.cross += drift.t() @ x
         if self.magnitude is not None:
             self.magnitude += x.abs().sum(dim=0, dtype=torch.float64)
+        if self.largest is not None:
+            self.largest = torch.maximum(self.largest, x.abs().amax(dim=0))
         if self.rows is not None:
             self._keep(x[-self.tokens % self._stride :: self._stride], self._stride)
         self.tokens += len(x)
@@ -108,13 +115,15 @@ class InputSum:
         ):
             if mine is not None and theirs is not None:
                 mine += theirs.to(mine.device)
+        if self.largest is not None and other.largest is not None:
+            self.largest = torch.maximum(self.largest, other.largest.to(self.largest.device))
         if self.rows is not None and other.rows is not None:
             self._keep(other.rows, other._stride)
         self.tokens += other.tokens
 
     def inputs(self, name: str) -> Inputs:
         """What was seen; zero if no token came by. FewbitsError naming the layer if it overflowed."""
-        for total in (self.total, self.cross, self.magnitude, self.rows):
+        for total in (self.total, self.cross, self.magnitude, self.largest, self.rows):
             if total is not None and not bool(torch.isfinite(total).all()):
                 raise FewbitsError(
                     f"{name}: calibration inputs are NaN or infinite; run calibration in float32 or bfloat16"
@@ -124,6 +133,7 @@ class InputSum:
             hessian=None if self.total is None else self.total * (2 / count),
             cross=None if self.cross is None else self.cross * (2 / count),
             mean_abs=None if self.magnitude is None else self.magnitude / count,
+            max_abs=self.largest,
             rows=self.rows,
             tokens=self.tokens,
         )

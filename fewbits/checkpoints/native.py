@@ -22,8 +22,14 @@ two more tensors its weight is Q + B A, Q the decoded codes (formats/low_rank.py
     M.residual_out  B [out, rank]
     M.residual_in   A [rank, in]
 
-Everything else in the checkpoint is what the source had. A file states the lowest version that can say what is in it: 3
-with a residual, else 2 with an input_hadamard, else 1. A reader refuses a version above its own.
+Or "outliers": {"threshold": 6.0, "columns": 7, "dtype": "float16"}: channels of the input that are not rounded, and
+whose weights are beside the codes unless dtype is null (formats/outliers.py). columns null: found as the model runs.
+
+    M.outlier_columns  int32 [columns]
+    M.outlier_weight   [out, columns], or [out, in] where they are found as the model runs
+
+Everything else in the checkpoint is what the source had. A file states the lowest version that can say what is in it: 4
+with outliers, else 3 with a residual, else 2 with an input_hadamard, else 1. A reader refuses a version above its own.
 """
 
 from __future__ import annotations
@@ -39,9 +45,10 @@ from fewbits.checkpoints.base import Source
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.formats import Format, Quantized, hadamard, parse_format
 from fewbits.formats.low_rank import DTYPES, LowRank, LowRankSpec
+from fewbits.formats.outliers import Outliers, OutlierSpec
 
 QUANT_METHOD = "fewbits"
-VERSION = 3
+VERSION = 4
 # Names, not eval: a checkpoint may only pick from this table.
 SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -55,6 +62,7 @@ class Module:
     shape: tuple[int, int]
     input_hadamard: tuple[int, ...] = ()
     residual: LowRankSpec | None = None
+    outliers: OutlierSpec | None = None
 
 
 def module_entry(
@@ -63,11 +71,14 @@ def module_entry(
     shape: tuple[int, int],
     input_hadamard: Sequence[int] | None = None,
     residual: LowRankSpec | None = None,
+    outliers: OutlierSpec | None = None,
 ) -> dict[str, Any]:
     """What config.json says of one linear."""
     more: dict[str, Any] = {"input_hadamard": list(input_hadamard)} if input_hadamard else {}
     if residual is not None:
         more["residual"] = {"rank": residual.rank, "dtype": residual.dtype_name}
+    if outliers is not None:
+        more["outliers"] = outliers.entry()
     return {
         "format": format.name,
         "shape": list(shape),
@@ -80,7 +91,7 @@ def module_entry(
 def quantization_config(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """`quantization_config` of config.json."""
     said = {key for entry in modules.values() for key in entry}
-    version = 3 if "residual" in said else 2 if "input_hadamard" in said else 1
+    version = 4 if "outliers" in said else 3 if "residual" in said else 2 if "input_hadamard" in said else 1
     return {"quant_method": QUANT_METHOD, "version": version, "modules": modules}
 
 
@@ -105,6 +116,7 @@ def read_modules(config: dict[str, Any]) -> dict[str, Module]:
             shape=(shape[0], shape[1]),
             input_hadamard=_orders(name, entry.get("input_hadamard", []), shape[1]),
             residual=_residual(name, entry.get("residual"), (shape[0], shape[1])),
+            outliers=_outliers(name, entry.get("outliers"), shape[1]),
         )
     return modules
 
@@ -130,6 +142,13 @@ def _residual(name: str, entry: Any, shape: tuple[int, int]) -> LowRankSpec | No
     return LowRankSpec(rank=rank, dtype=DTYPES[dtype])
 
 
+def _outliers(name: str, entry: Any, columns: int) -> OutlierSpec | None:
+    try:
+        return None if entry is None else OutlierSpec.read_entry(entry, columns)
+    except BadInput as error:
+        raise BadInput(f"{name}: {error}") from error
+
+
 def decode(source: Source, module: str, format: Format, shape: tuple[int, int]) -> Quantized:
     """Reads one linear back as codes."""
     state = {name: source.tensor(f"{module}.{name}") for name in format.layout(shape)}
@@ -149,5 +168,16 @@ def residual(source: Source, module: str, entry: Module) -> LowRank | None:
     state = {name: source.tensor(f"{module}.{name}") for name in entry.residual.layout(entry.shape)}
     try:
         return LowRank.from_state(entry.residual, entry.shape, state)
+    except BadInput as error:
+        raise BadInput(f"{module}: {error}: the checkpoint is damaged") from error
+
+
+def outliers(source: Source, module: str, entry: Module) -> Outliers | None:
+    """Reads which columns of one linear stay in 16 bits, if any do."""
+    if entry.outliers is None:
+        return None
+    state = {name: source.tensor(f"{module}.{name}") for name in entry.outliers.layout(entry.shape)}
+    try:
+        return Outliers.from_state(entry.outliers, entry.shape, state)
     except BadInput as error:
         raise BadInput(f"{module}: {error}: the checkpoint is damaged") from error

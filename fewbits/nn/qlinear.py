@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from fewbits.formats import Format, Quantized, hadamard
 from fewbits.formats import bits as packing
 from fewbits.formats.low_rank import LowRank, LowRankSpec
+from fewbits.formats.outliers import Outliers, OutlierSpec, without
 from fewbits.formats.rows import check_rows, round_rows
 from fewbits.kernels import KERNELS, Kernel, LinearSpec, No, Packed, Yes, choose, explain
 
@@ -38,6 +39,7 @@ class QLinear(nn.Module):
     weight, and `dequantize`, are those of the transformed x.
     residual: rank and dtype of a low-rank matrix that is added to what the codes stand for (formats/low_rank.py), or
     None; it multiplies the very x that the codes do, rounded where that is rounded.
+    outliers: which columns of x are not rounded but multiplied in 16 bits (formats/outliers.py), or None.
     Tensors are allocated empty; fill them by `load_state_dict`, or use `from_quantized`.
     """
 
@@ -56,6 +58,7 @@ class QLinear(nn.Module):
         device: torch.device | str | None = None,
         input_hadamard: Sequence[int] = (),
         residual: LowRankSpec | None = None,
+        outliers: OutlierSpec | None = None,
     ) -> None:
         super().__init__()
         if activations is not None:
@@ -73,6 +76,10 @@ class QLinear(nn.Module):
         if residual is not None:
             for name, size in residual.layout((out_features, in_features)).items():
                 self.register_buffer(name, torch.empty(size, dtype=residual.dtype, device=device))
+        self.outlier_spec = outliers
+        if outliers is not None:
+            for name, (size, stored_as) in outliers.layout((out_features, in_features)).items():
+                self.register_buffer(name, torch.empty(size, dtype=stored_as, device=device))
         empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
 
@@ -84,14 +91,17 @@ class QLinear(nn.Module):
         activations: Format | None = None,
         input_hadamard: Sequence[int] = (),
         residual: LowRank | None = None,
+        outliers: Outliers | None = None,
     ) -> QLinear:
         """A canonical module (not yet prepacked) holding `weight`; the tensors are shared, not copied."""
         out_features, in_features = weight.shape
         module = cls(
             in_features, out_features, weight.format, bias is not None, activations,
             device="meta", input_hadamard=input_hadamard, residual=None if residual is None else residual.spec,
+            outliers=None if outliers is None else outliers.spec,
         )  # fmt: skip
-        for name, tensor in {**weight.to_state(), **(residual.to_state() if residual is not None else {})}.items():
+        beside = [found.to_state() for found in (residual, outliers) if found is not None]
+        for name, tensor in [item for state in (weight.to_state(), *beside) for item in state.items()]:
             setattr(module, name, tensor)
         if bias is not None:
             module.bias = nn.Parameter(bias.detach(), requires_grad=False)
@@ -150,8 +160,18 @@ class QLinear(nn.Module):
             return None
         return LowRank(out=self.get_buffer("residual_out"), into=self.get_buffer("residual_in"))
 
+    @property
+    def outliers(self) -> Outliers | None:
+        """The columns of x that are multiplied in 16 bits."""
+        if self.outlier_spec is None:
+            return None
+        columns, weight = (self._buffers.get(f"outlier_{part}") for part in ("columns", "weight"))
+        return Outliers(threshold=self.outlier_spec.threshold, columns=columns, weight=weight)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense weight [out, in], residual included."""
+        """The dense weight [out, in], residual and fixed outlier columns included."""
+        if self.outliers is not None:
+            return self.outliers.dense(self.quantized().dequantize(dtype))
         if self.residual is None:
             return self.quantized().dequantize(dtype)
         return (self.quantized().dequantize() + self.residual.dense()).to(dtype)
@@ -178,10 +198,28 @@ class QLinear(nn.Module):
         assert self._packed is not None and self._spec is not None and self.kernel is not None
         if self.input_hadamard:
             x = hadamard.transform(x, self.input_hadamard)
-        y: Tensor = KERNELS.get(self.kernel).linear(x, self._packed, self._spec)
+        y = self.product(x)
         if self.residual is not None:
             y = y + self.residual.apply(rounded(x, self.activations))
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., in] times the codes, with outlier columns apart; only after `prepack`."""
+        assert self._packed is not None and self._spec is not None and self.kernel is not None
+        kernel, outliers = KERNELS.get(self.kernel), self.outliers
+        if outliers is None:
+            y: Tensor = kernel.linear(x, self._packed, self._spec)
+            return y
+        rows = x.reshape(-1, self.in_features)
+        columns = outliers.find(rows)
+        if outliers.weight is not None:
+            apart = outliers.product(rows, columns)
+        else:  # the same codes under inputs that are not rounded
+            only = rows - without(rows, columns)
+            apart = kernel.linear(only, self._packed, dataclasses.replace(self._spec, activations=None)).float()
+        if len(columns) < self.in_features:
+            apart = apart + kernel.linear(without(rows, columns), self._packed, self._spec).float()
+        return apart.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def _canonical_codes(self) -> Tensor:
         if self.codes is not None:
@@ -222,6 +260,9 @@ class QLinear(nn.Module):
             text += f", input_hadamard={'x'.join(map(str, self.input_hadamard))}"
         if self.residual_spec is not None:
             text += f", residual of rank {self.residual_spec.rank}"
+        if self.outlier_spec is not None:
+            count = self.outlier_spec.columns
+            text += f", {'some' if count is None else count} columns in 16 bits"
         return f"{text}, format={self.format.name}, kernel={self.kernel or 'not yet chosen'}"
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from fewbits.calibration.stats import Inputs, InputSum
 from fewbits.core.errors import Unsupported
 from fewbits.formats import Format, Quantized
 from fewbits.formats.low_rank import LowRank
+from fewbits.formats.outliers import Outliers, round_rest
 from fewbits.formats.rows import round_rows
 from fewbits.metrics import sqnr_db
 from fewbits.metrics.error import relative_error as weight_error
@@ -39,6 +40,8 @@ from fewbits.models.walk import ExpertRef
 from fewbits.pipeline.shell import ModelShell
 
 _HISTOGRAM_BINS = 96
+
+Apart = dict[str, Outliers | None]  # linear -> its columns in 16 bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,7 @@ class Layer:
     weight: Quantized
     record: dict[str, Any]
     residual: LowRank | None = None
+    outliers: Outliers | None = None
 
 
 def solve_block(
@@ -115,8 +119,12 @@ def solve_block(
             planned = [found]
         elif original is not None:
             kept.update(_copies(refs))
-    with quantized_activations(refs, activations):
-        parts: Iterable[_Part] = (part for found in planned for part in _solve_stages(found, prefix, formats, recipe))
+    # Which columns of an input are outliers is known once its linears are solved; until then it is not rounded.
+    apart: Apart | None = {} if getattr(recipe.weights, "keeps_outliers", False) else None
+    with quantized_activations(refs, activations, apart):
+        parts: Iterable[_Part] = (
+            part for found in planned for part in _solve_stages(found, prefix, formats, recipe, apart)
+        )
         for learner in recipe.learners if refs else ():
             started = time.perf_counter()
             parts = list(parts)
@@ -177,7 +185,7 @@ class _Part:
 
 
 def _solve_stages(
-    stages: Sequence[Stage], prefix: str, formats: Mapping[str, Format], recipe: Recipe
+    stages: Sequence[Stage], prefix: str, formats: Mapping[str, Format], recipe: Recipe, apart: Apart | None
 ) -> Iterator[_Part]:
     for stage in stages:
         # Rows that are quantized each as if alone are solved together; other formats take a matrix at a time.
@@ -186,7 +194,10 @@ def _solve_stages(
             format = formats[ref.name]
             parts.setdefault(format.name if format.rowwise else ref.name, []).append(ref)
         for members in parts.values():
-            yield from _solve(members, stage.inputs, prefix, formats[members[0].name], recipe)
+            for part in _solve(members, stage.inputs, prefix, formats[members[0].name], recipe):
+                if apart is not None:
+                    apart[part.pupil.ref.name] = part.solved.outliers
+                yield part
 
 
 def _solve(members: Sequence[Ref], inputs: Inputs, prefix: str, format: Format, recipe: Recipe) -> list[_Part]:
@@ -211,7 +222,9 @@ def _solve(members: Sequence[Ref], inputs: Inputs, prefix: str, format: Format, 
     for ref, weight, residual in zip(members, weights, residuals, strict=True):
         own = _rows(solved, start, len(weight))
         start += len(weight)
-        pupil = Pupil(ref=ref, weight=weight, quantized=own.quantized, inputs=inputs, residual=residual)
+        pupil = Pupil(
+            ref=ref, weight=weight, quantized=own.quantized, inputs=inputs, residual=residual, outliers=own.outliers
+        )
         ref.write(pupil.values(own.quantized))
         calibrated = bool(recipe.statistics)
         parts.append(_Part(pupil=pupil, solved=own, calibrated=calibrated, seconds=seconds))
@@ -268,12 +281,22 @@ def _layer(part: _Part, index: int, prefix: str, notes: Mapping[str, list[str]])
             record["error_of"] = "outputs"
             record["relative_error"] = float(solved.loss.sum()) / total_loss
             record["rtn_relative_error"] = float(solved.rtn_loss.sum()) / total_loss
+    if solved.outliers is not None:
+        kept = solved.outliers.spec
+        record["bits"] += kept.bits(quantized.shape) / weight.numel()
+        record["outliers"] = kept.entry()
     if residual is not None:
         spec = residual.spec
         record["residual"] = {"rank": spec.rank, "dtype": spec.dtype_name, "bits": _bits(residual, quantized.shape)}
     if part.learned is not None:
         record["block_loss"] = dict(zip(("before", "after"), map(finite, part.learned), strict=True))
-    return Layer(disk_name=f"{prefix}.{ref.disk_name}", weight=quantized, record=record, residual=residual)
+    return Layer(
+        disk_name=f"{prefix}.{ref.disk_name}",
+        weight=quantized,
+        record=record,
+        residual=residual,
+        outliers=solved.outliers,
+    )
 
 
 def _bits(residual: LowRank | None, shape: tuple[int, int]) -> float:
@@ -294,7 +317,8 @@ def _rows(whole: Solved, start: int, count: int) -> Solved:
         stacked, codes=part(stacked.codes), scale=part(stacked.scale), zero=part(stacked.zero)
     )
     losses = {name: part(getattr(whole, name)) for name in ("loss", "rtn_loss", "zero_loss")}
-    return dataclasses.replace(whole, quantized=quantized, **losses)
+    outliers = whole.outliers and dataclasses.replace(whole.outliers, weight=part(whole.outliers.weight))
+    return dataclasses.replace(whole, quantized=quantized, outliers=outliers, **losses)
 
 
 def _distribution(weight: Tensor, part: Quantized) -> dict[str, Any]:
@@ -313,22 +337,48 @@ def _distribution(weight: Tensor, part: Quantized) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def quantized_activations(refs: Sequence[Ref], format: Format | None) -> Iterator[None]:
-    """Rounds what `refs` receive to `format`, each token alone, as the quantized model will."""
+def quantized_activations(
+    refs: Sequence[Ref], format: Format | None, apart: Mapping[str, Outliers | None] | None = None
+) -> Iterator[None]:
+    """Rounds what `refs` receive to `format`, each token alone, as the quantized model will.
+
+    apart: of a method that keeps outlier columns, those of each linear; what is not in it yet is not rounded.
+    """
     if format is None:
         yield
         return
     handles = []
     last: list[Tensor] = []  # an input and what became of it: q, k and v receive the same, and still do
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = args[0]
-        if not last or last[0] is not x:
-            rounded = round_rows(x.detach().reshape(-1, x.shape[-1]), format).reshape(x.shape).to(x.dtype)
-            if x.requires_grad:  # the gradient passes the rounding as if it were not there
-                rounded = x + (rounded - x).detach()
-            last[:] = x, rounded
-        return (last[1], *args[1:])
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        def pre(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            x = args[0]
+            if apart is not None and name not in apart:
+                return args
+            if not last or last[0] is not x:
+                rows = x.detach().reshape(-1, x.shape[-1])
+                kept = apart and apart[name]
+                rounded = round_rest(rows, format, kept.find(rows)) if kept else round_rows(rows, format)
+                rounded = rounded.reshape(x.shape).to(x.dtype)
+                if x.requires_grad:  # the gradient passes the rounding as if it were not there
+                    rounded = x + (rounded - x).detach()
+                last[:] = x, rounded
+            return (last[1], *args[1:])
+
+        return pre
+
+    def correction(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+        def post(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+            """Original weights of the columns that only the run knows, in place of what the codes say."""
+            kept = apart and apart.get(name)
+            if not kept or kept.columns is not None or kept.weight is None:
+                return None
+            rows = last[0].reshape(-1, last[0].shape[-1])
+            columns = kept.find(rows)
+            change = kept.weight[:, columns].float() - module.get_parameter("weight")[:, columns].float()
+            return y + (rows[:, columns].float() @ change.t()).reshape(y.shape).to(y.dtype)
+
+        return post
 
     try:
         for ref in refs:
@@ -337,7 +387,9 @@ def quantized_activations(refs: Sequence[Ref], format: Format | None) -> Iterato
                     f"{ref.name}: activations of fused experts are not quantized; "
                     "choose a weight-only scheme such as W4A16"
                 )
-            handles.append(ref.module.register_forward_pre_hook(hook))
+            handles.append(ref.module.register_forward_pre_hook(hook(ref.name)))
+            if apart is not None:
+                handles.append(ref.module.register_forward_hook(correction(ref.name)))
         yield
     finally:
         for handle in handles:

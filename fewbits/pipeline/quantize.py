@@ -27,6 +27,7 @@ from fewbits.core.errors import BadInput, FewbitsError, Unsupported
 from fewbits.core.progress import OnProgress, Progress
 from fewbits.core.units import bytes_text
 from fewbits.formats import Format
+from fewbits.formats.outliers import OutlierSpec
 from fewbits.models.walk import linears
 from fewbits.pipeline import certificate, output
 from fewbits.pipeline.auto import choose
@@ -220,6 +221,8 @@ def _checkpoint_kind(job: Job, modules: dict[str, tuple[tuple[int, int], Format]
         said["it has no entry for inputs that are transformed as the model runs"] = job.recipe.name
     if any(job.residual(shape) for shape, _ in modules.values()):
         said["it has no entry for a residual beside the codes"] = job.recipe.name
+    if getattr(job.recipe.weights, "keeps_outliers", False):
+        said["it has no entry for columns in 16 bits"] = job.recipe.name
     mixed = compressed_tensors.refuses_mix(format for _, format in modules.values())
     if job.checkpoint_format == "native" or ((said or mixed) and job.checkpoint_format == "auto"):
         return native.QUANT_METHOD
@@ -250,7 +253,8 @@ def _encoded(layer: Layer, job: Job, kind: str) -> dict[str, Tensor]:
     if kind == compressed_tensors.QUANT_METHOD:
         tensors = compressed_tensors.encode(layer.weight, job.scheme.activations)
     else:
-        tensors = layer.weight.to_state() | (layer.residual.to_state() if layer.residual else {})
+        beside = layer.residual or layer.outliers
+        tensors = layer.weight.to_state() | (beside.to_state() if beside else {})
     return {f"{layer.disk_name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
 
@@ -299,10 +303,16 @@ def _assemble(
         formats = {name: format for name, (_, format) in modules.items()}
         config = compressed_tensors.quantization_config(formats, job.scheme.activations, ignore)
     else:
+        outliers = _outliers(shell, [record for index in range(len(blocks)) for record in journal.records(index)])
         config = native.quantization_config(
             {
                 name: native.module_entry(
-                    format, job.scheme.activations, shape, job.input_hadamard.get(name), job.residual(shape)
+                    format,
+                    job.scheme.activations,
+                    shape,
+                    job.input_hadamard.get(name),
+                    job.residual(shape),
+                    outliers.get(name),
                 )
                 for name, (shape, format) in modules.items()
             }
@@ -315,6 +325,17 @@ def _assemble(
     )  # fmt: skip
     certificate.write(directory, found)
     output.write_card(directory, found)
+
+
+def _outliers(shell: ModelShell, records: Sequence[dict[str, Any]]) -> dict[str, OutlierSpec]:
+    """Name in the checkpoint -> the columns in 16 bits of every linear that has some."""
+    found = {record["name"]: record for record in records if "outliers" in record}
+    return {
+        f"{prefix}.{ref.disk_name}": OutlierSpec.read_entry(found[name]["outliers"], ref.shape[1])
+        for prefix, block in shell.blocks
+        for ref in linears(block, shell.topology)
+        if (name := f"{prefix}.{ref.name}") in found
+    }
 
 
 def _linear_names(shell: ModelShell) -> set[str]:

@@ -70,7 +70,10 @@ def solve_and_advance(
             activations=job.scheme.activations,
         )  # fmt: skip
         round_parameters((block.get_parameter(name) for name in changed), job.dtype)
-        with quantized_activations(refs, job.scheme.activations):
+        apart = None
+        if getattr(job.recipe.weights, "keeps_outliers", False):
+            apart = {layer.record["name"].removeprefix(f"{prefix}."): layer.outliers for layer in layers}
+        with quantized_activations(refs, job.scheme.activations, apart):
             if not last:
                 streams["calibration"] = advanced("calibration")
                 if targets:

@@ -26,6 +26,7 @@ from fewbits.checkpoints.source import open_source
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.formats import Format, Quantized, hadamard
 from fewbits.formats.low_rank import LowRank
+from fewbits.formats.outliers import Outliers
 from fewbits.models.skeleton import load_block, skeleton
 from fewbits.models.topology import Topology, find_topology
 from fewbits.models.walk import ExpertRef, blocks, linears
@@ -144,16 +145,24 @@ class QuantizedModules:
         """What is added to what the codes stand for."""
         return native.residual(self.source, name, self.entries[name]) if self.method == native.QUANT_METHOD else None
 
+    def outliers(self, name: str) -> Outliers | None:
+        """Which columns stay in 16 bits."""
+        return native.outliers(self.source, name, self.entries[name]) if self.method == native.QUANT_METHOD else None
+
     def dense(self, name: str) -> Tensor:
         """The weight of module `name`, residual included, for its input as it is, untransformed."""
         weight, orders = self.read(name)[0].dequantize(), self.input_hadamard(name)
         residual = self.residual(name)
         weight = weight if residual is None else weight + residual.dense()
+        outliers = self.outliers(name)
+        weight = weight if outliers is None else outliers.dense(weight)
         return hadamard.transform(weight, orders, inverse=True) if orders else weight
 
     def qlinear(self, name: str, bias: Tensor | None) -> QLinear:
         weight, activations = self.read(name)
-        return QLinear.from_quantized(weight, bias, activations, self.input_hadamard(name), self.residual(name))
+        return QLinear.from_quantized(
+            weight, bias, activations, self.input_hadamard(name), self.residual(name), self.outliers(name)
+        )
 
 
 def quantized_modules(source: Source) -> QuantizedModules:
@@ -225,6 +234,7 @@ def _finish(model: Any, source: Source, dtype: torch.dtype, modules: dict[str, A
                 (module.out_features, module.in_features),
                 module.input_hadamard,
                 module.residual_spec,
+                module.outlier_spec,
             )
             for name, module in modules.items()
         }

@@ -52,7 +52,8 @@ def _quantized(module: QLinear, dtype: torch.dtype) -> Product:
     packed, spec = module.prepack().packed, module.packed_spec
     assert packed is not None and module.kernel is not None
     kernel = KERNELS.get(module.kernel)
-    apply = _corrected(kernel.bind(packed, spec), module)
+    bound = kernel.bind(packed, spec) if module.outlier_spec is None else module.product
+    apply = _corrected(bound, module)
     apply = _biased(_transformed(apply, module.input_hadamard), module.bias)
     return Product(apply, _input_dtype(kernel, spec, dtype), (module.out_features,))
 
@@ -110,7 +111,7 @@ def _joined(linears: Sequence[nn.Module], dtype: torch.dtype) -> Product | None:
         same = len({(linear.weight.dtype, linear.weight.device) for linear in linears}) == 1
         packs = linears[0].weight.dtype.itemsize == 2 and linears[0].weight.device.type == "cpu" and half_works()
         return _dense(linears) if same and packs else None
-    if any(not isinstance(linear, QLinear) or linear.input_hadamard or linear.residual for linear in linears):
+    if any(not isinstance(linear, QLinear) or _alone(linear) for linear in linears):
         return None
     specs = [linear.prepack().packed_spec for linear in linears]
     widths = tuple(spec.shape[0] for spec in specs)
@@ -127,6 +128,11 @@ def _joined(linears: Sequence[nn.Module], dtype: torch.dtype) -> Product | None:
         linear.adopt(view)
     apply = _biased(kernel.bind(packed, whole_spec), _joined_bias(linears))
     return Product(apply, _input_dtype(kernel, whole_spec, dtype), widths)
+
+
+def _alone(linear: QLinear) -> bool:
+    """Whether more is done than a product with the codes."""
+    return bool(linear.input_hadamard) or linear.residual_spec is not None or linear.outlier_spec is not None
 
 
 def _side_by_side(products: Sequence[Product]) -> Product:
