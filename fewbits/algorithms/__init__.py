@@ -8,6 +8,7 @@ METHODS = Registry(
         "rotate": "fewbits.algorithms.rotate:Rotate",
         "embeddings": "fewbits.algorithms.embeddings:Embeddings",
         "preshift": "fewbits.algorithms.preshift:PreShift",
+        "smoothquant": "fewbits.algorithms.smoothing:SmoothQuant",
         "awq": "fewbits.algorithms.awq:AWQ",
         "gptq": "fewbits.algorithms.gptq:GPTQ",
         "gptaq": "fewbits.algorithms.gptaq:GPTAQ",

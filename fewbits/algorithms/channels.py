@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fewbits.algorithms.base import Block, Stage
 from fewbits.calibration.collect import Ref
+from fewbits.formats.rows import round_rows
 from fewbits.models.walk import ExpertRef, LinearRef
 
 
@@ -147,6 +148,22 @@ def _sibling(block: Block, ref: Ref, kind: str) -> Ref | None:
                 return None  # its bias would have to change inside the fused parameter
             return other
     return None
+
+
+def rounded_loss(stages: Sequence[Stage], block: Block, s: Tensor | None) -> float:
+    """Squared error of the outputs of `stages` with x / s and W * s both rounded, over the sampled inputs."""
+    assert block.activations is not None
+    total = 0.0
+    for stage in stages:
+        rows = stage.inputs.rows
+        assert rows is not None
+        factor = torch.ones((), device=rows.device) if s is None else s
+        rounded = round_rows(rows / factor, block.activations)
+        for ref in stage.refs:
+            weight = ref.weight.float()
+            smoothed = block.format_of(ref).quantize(weight * factor, ref.name).dequantize()
+            total += float((rows @ weight.t() - rounded @ smoothed.t()).square().sum(dtype=torch.float64))
+    return total
 
 
 def row_parameters(weights: Sequence[Tensor]) -> Tensor:

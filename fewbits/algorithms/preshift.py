@@ -20,18 +20,16 @@ Source: Liu et al. 2023, "LLM-FP4: 4-bit Floating-Point Quantized Transformers",
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fewbits.algorithms.base import Block, Stage, Transformed
-from fewbits.algorithms.channels import Scalable, scalables
+from fewbits.algorithms.base import Block, Transformed
+from fewbits.algorithms.channels import Scalable, rounded_loss, scalables
 from fewbits.core.errors import BadInput
 from fewbits.formats import Format
-from fewbits.formats.rows import round_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,29 +72,14 @@ class PreShift:
         largest = torch.stack([stage.inputs.rows.abs().amax(0) for stage in seen if stage.inputs.rows is not None])
         reach = place.tie(largest.amax(0))
         limit = self.limit or shift_limit(block.activations)
-        best: tuple[float, Tensor | None] = (self._loss(seen, block, None), None)
+        best: tuple[float, Tensor | None] = (rounded_loss(seen, block, None), None)
         tried = [shifts(reach, step / 2, limit) for step in range(self.steps)]
         for k in tried:
             if bool(k.any()):
-                loss = self._loss(seen, block, k)
+                loss = rounded_loss(seen, block, torch.exp2(-k))
                 if loss < best[0]:
                     best = loss, k
         return best[1]
-
-    @staticmethod
-    def _loss(stages: Sequence[Stage], block: Block, k: Tensor | None) -> float:
-        assert block.activations is not None
-        total = 0.0
-        for stage in stages:
-            rows = stage.inputs.rows
-            assert rows is not None
-            factor = torch.ones((), device=rows.device) if k is None else torch.exp2(k)
-            rounded = round_rows(rows * factor, block.activations)
-            for ref in stage.refs:
-                weight = ref.weight.float()
-                shifted = block.format_of(ref).quantize(weight / factor, ref.name).dequantize()
-                total += float((rows @ weight.t() - rounded @ shifted.t()).square().sum(dtype=torch.float64))
-        return total
 
 
 def shifts(reach: Tensor, octaves: float, limit: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""SmoothQuant's scales: divide what is hard in the activations into the weights.
+"""SmoothQuant: divide what is hard in the activations into the weights.
 
     X W^T = (X diag(1/s)) (W diag(s))^T,      s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)
 
@@ -7,17 +7,29 @@ the product as it is; alpha says how much of the difficulty moves. At 1/2 both s
 magnitude in every channel, sqrt(max|X_j| max|W_j|); models with larger outliers want 0.75 to 0.9.
 
 max|W_j| runs over all linears that read the same X. The division by s is free where a norm precedes: it goes into
-the norm's weight (and bias).
+the norm's weight (and bias). Beyond the paper, `products` smooths what o_proj and down_proj read, whose scales go into
+v_proj and up_proj (channels.py); query heads that share a value head share the mean of their scales.
+
+Without an `alpha`, each place takes that of the least squared output error with inputs and weights both rounded, over a
+sample of inputs, and none at all where nothing is better. One alpha for a whole model, as in the paper, is a compromise
+between blocks with outliers and blocks without.
+
+The paper's O1, O2 and O3 are the granularity of the activations, not of the smoothing: one scale a token, one for the
+tokens of a product, one fixed by calibration, under one scale for the weights (formats/scheme.py).
 Source: Xiao et al. 2023, SmoothQuant, arXiv 2211.10438, equation 4.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fewbits.algorithms.base import Block, Stage, Transformed
+from fewbits.algorithms.channels import Scalable, rounded_loss, scalables
 from fewbits.core.errors import BadInput
 
 _SMALLEST = 1e-5  # of a column's magnitude and of a scale
@@ -36,3 +48,66 @@ def smoothing_scales(activations: Tensor, weights: Sequence[Tensor], alpha: floa
     largest = torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0).clamp(min=_SMALLEST)
     scales = (activations.pow(alpha) / largest.to(activations.dtype).pow(1 - alpha)).clamp(min=_SMALLEST)
     return torch.where(activations > 0, scales, torch.ones_like(scales))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmoothQuant:
+    """Smooths every place. alpha: fixed, or None for the best of `steps` + 1 between 0 and 1.  products: smooths what
+    o_proj and down_proj read, too."""
+
+    role: ClassVar[str] = "transform"
+    statistics: ClassVar[frozenset[str]] = frozenset({"max_abs", "rows"})
+
+    alpha: float | None = None
+    steps: int = 10
+    products: bool = True
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise BadInput(f"alpha {self.alpha}: needs 0 <= alpha <= 1, e.g. 0.5, or none to search it")
+        if self.steps < 1:
+            raise BadInput(f"steps {self.steps}; at least 1 alpha beside 0 must be tried")
+
+    def apply(self, block: Block) -> Transformed:
+        """Smooths the block's channels in place."""
+        first = block.stages[0].refs[0].name
+        if block.activations is None:
+            return Transformed(notes={first: ["smoothquant: inputs are not rounded; nothing was smoothed"]})
+        norms = {norm for norm, _ in block.topology.norms} if block.topology else set()
+        places = [place for place in scalables(block) if self.products or place.producer in norms]
+        if not places:
+            lines = ["smoothquant: no table says what feeds the linears of this family; nothing was smoothed"]
+            return Transformed(notes={first: lines})
+        changed: set[str] = set()
+        notes: dict[str, list[str]] = {}
+        for place in places:
+            alpha, s = self.best(place, block)
+            if s is not None:
+                changed |= place.scale(s)
+            chosen = "not smoothed" if s is None else f"alpha {alpha:g}"
+            notes.setdefault(place.stages[0].refs[0].name, []).append(f"smoothquant: {place.producer} {chosen}")
+        return Transformed(changed=frozenset(changed), notes=notes)
+
+    def best(self, place: Scalable, block: Block) -> tuple[float, Tensor | None]:
+        """alpha and the scales s [in]; None where nothing is better, or nothing was seen."""
+        seen = [stage for stage in place.stages if stage.inputs.tokens and stage.inputs.max_abs is not None]
+        if not seen:
+            return 0.0, None
+        if self.alpha is not None:
+            return self.alpha, _shared(place, seen, self.alpha)
+        sampled = [stage for stage in seen if stage.inputs.rows is not None and len(stage.inputs.rows)]
+        least, found = rounded_loss(sampled, block, None), (0.0, None)
+        for step in range(self.steps + 1):
+            alpha = step / self.steps
+            s = _shared(place, seen, alpha)
+            loss = rounded_loss(sampled, block, s)
+            if loss < least:
+                least, found = loss, (alpha, s)
+        return found
+
+
+def _shared(place: Scalable, stages: Sequence[Stage], alpha: float) -> Tensor:
+    """The scales of everything that reads `place`, equal where they must be."""
+    largest = torch.stack([stage.inputs.max_abs for stage in stages if stage.inputs.max_abs is not None]).amax(0)
+    weights = [ref.weight.float() for stage in place.stages for ref in stage.refs]
+    return place.tie(smoothing_scales(largest.float(), weights, alpha))

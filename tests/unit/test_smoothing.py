@@ -1,12 +1,22 @@
-"""SmoothQuant's own laws, in float64."""
+"""SmoothQuant: its own laws in float64, and blocks that compute what they did."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from test_awq import first_block
+from test_pipeline import run as quantized
+from tiny_runtime_models import byte_tokenizer, llama_with_outliers
 
-from fewbits.algorithms.smoothing import smoothing_scales
+from fewbits.algorithms.channels import rounded_loss, scalables
+from fewbits.algorithms.compose import compose
+from fewbits.algorithms.smoothing import SmoothQuant, smoothing_scales
 from fewbits.core.errors import BadInput
+from fewbits.formats import parse_format
 
 
 def layer() -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -44,3 +54,72 @@ def test_what_does_not_fit_is_refused() -> None:
         smoothing_scales(torch.ones(4), [torch.ones(2, 4)], 1.5)
     with pytest.raises(BadInput, match="4 activation channels for weights of 5 columns"):
         smoothing_scales(torch.ones(4), [torch.ones(2, 5)])
+
+
+def block_with_rows(name: str, activations: str | None = "int8-token"):
+    run, ids, block = first_block(name)
+    block = dataclasses.replace(
+        block, format=parse_format("int8-channel"), activations=activations and parse_format(activations)
+    )
+    for stage in block.stages:
+        rows = torch.randn(64, stage.refs[0].shape[1], generator=torch.Generator().manual_seed(1))
+        rows[:, 5] *= 40
+        stage.inputs = dataclasses.replace(stage.inputs, rows=rows, max_abs=rows.abs().amax(0))
+    return run, ids, block
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral"])
+@pytest.mark.parametrize("alpha", [None, 0.5, 0.85])
+def test_a_smoothed_block_computes_what_it_did(name: str, alpha: float | None) -> None:
+    """Biases of norms and of v, heads that share a value head, experts behind one norm: all are scaled along."""
+    run, ids, block = block_with_rows(name)
+    before = run(ids)
+    done = SmoothQuant(alpha=alpha).apply(block)
+    tolerance = 1e-10 if before.dtype == torch.float64 else 1e-5
+    assert float((run(ids) - before).norm() / before.norm()) < tolerance
+    assert any("norm" in parameter for parameter in done.changed)
+    assert any("alpha" in line for lines in done.notes.values() for line in lines)
+
+
+def test_the_search_takes_the_least_error() -> None:
+    _, _, block = block_with_rows("llama")
+    for place in scalables(block):
+        alpha, s = SmoothQuant().best(place, block)
+        assert s is not None and float(s[5]) > 2 * float(s.median())
+        least = rounded_loss(place.stages, block, s)
+        assert least < 0.7 * rounded_loss(place.stages, block, None)
+        others = [SmoothQuant(alpha=step / 10).best(place, block)[1] for step in range(11)]
+        assert least == min(rounded_loss(place.stages, block, other) for other in others) and 0 <= alpha <= 1
+
+
+def test_only_behind_norms_as_in_the_paper() -> None:
+    _, _, block = block_with_rows("llama")
+    changed = SmoothQuant(alpha=0.5, products=False).apply(block)
+    assert set(changed.notes) == {"self_attn.q_proj", "mlp.gate_proj"}
+
+
+def test_nothing_is_smoothed_where_it_would_not_help() -> None:
+    run, ids, block = block_with_rows("llama", None)
+    before = run(ids)
+    done = SmoothQuant(alpha=0.5).apply(block)
+    assert not done.changed and "not rounded" in next(iter(done.notes.values()))[0]
+    assert torch.equal(run(ids), before)
+    unknown = dataclasses.replace(block, topology=None, activations=parse_format("int8-token"))
+    assert "no table" in next(iter(SmoothQuant().apply(unknown).notes.values()))[0]
+
+
+def test_options_are_checked() -> None:
+    for options in ({"alpha": 1.5}, {"steps": 0}):
+        with pytest.raises(BadInput, match="alpha"):
+            compose("smoothquant", options)
+    assert compose("gptq,smoothquant").names == ("smoothquant", "gptq")
+
+
+def test_outliers_are_what_it_is_for(tmp_path: Path) -> None:
+    llama_with_outliers((3, 40), intermediate_size=192).save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    kl = {}
+    for method in ("rtn", "smoothquant", "smoothquant,gptq"):
+        out = quantized(tmp_path / "dense", tmp_path / method, "W8A8", method=method)
+        kl[method] = json.loads((out / "certificate.json").read_text())["evaluations"][0]["kl"]["mean"]
+    assert kl["smoothquant"] < 0.3 * kl["rtn"] and kl["smoothquant,gptq"] < 0.3 * kl["rtn"]
