@@ -74,7 +74,10 @@ class AWQ:
         best: tuple[float, Tensor | None] = (self._loss(weights, hessians, None, format), None)
         for step in range(1, self.steps):
             s = scales(active, step / self.steps)
-            loss = self._loss(weights, hessians, s, format)
+            try:
+                loss = self._loss(weights, hessians, s, format)
+            except BadInput:  # scaled so, the weights have scales that the format cannot store
+                continue
             if loss < best[0]:
                 best = loss, s
         return best[1]
@@ -90,6 +93,11 @@ class AWQ:
 
 
 def scales(active: Tensor, ratio: float) -> Tensor:
-    """s [in] for mean magnitudes `active` [in]: positive, the geometric middle of its ends at 1."""
+    """s [in] for mean magnitudes `active` [in], not all 0: positive, the geometric middle of its ends at 1.
+
+    A channel that was always zero counts as an average one: other text may reach it, and with the least scale of all
+    its weights would be rounded away.
+    """
+    active = torch.where(active > 0, active, active.mean())
     s = active.pow(ratio).clamp(min=_SMALLEST)
     return s / (s.max() * s.min()).sqrt()

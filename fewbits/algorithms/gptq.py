@@ -13,8 +13,8 @@ Choices made here:
 - `act_order` visits columns by falling diag(H): the inputs that matter most are rounded while most other
   columns can still compensate. It implies static groups (each column keeps its group; no index is stored).
 - Without static groups a group's range is taken from the *current* weights when its first column comes up.
-- A dead column (input always zero) keeps its nearest level; zeroing it, as the original code does, would
-  break inputs that calibration did not happen to cover.
+- A dead column (input always zero) keeps its nearest level, and counts as an average one where ranges are searched;
+  zeroing it, as the original code does, would break inputs that calibration did not happen to cover.
 - A Cholesky that fails is retried with ten times the damping and the retry noted; after `max_retries` the
   layer is refused. There is no silent fallback to round-to-nearest.
 - The result is compared with round-to-nearest on GPTQ's own objective; the better is kept, and noted.
@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewbits.algorithms.base import Solved, need_hessian, proxy_loss
+from fewbits.algorithms.base import Solved, need_hessian, proxy_loss, revived
 from fewbits.algorithms.clipping import RangeSearch
 from fewbits.algorithms.ranges import RANGES, range_params
 from fewbits.calibration.stats import Inputs
@@ -81,8 +81,9 @@ class GPTQ:
         if self.act_order:
             order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         upper, notes = self.factor(hessian[order][:, order], name)
-        format = format.fitted(weight, hessian.diagonal())
-        params = self._params(weight, format, hessian) if self._static(format) else None
+        importance = revived(hessian).diagonal()
+        format = format.fitted(weight, importance)
+        params = self._params(weight, format, importance) if self._static(format) else None
         pull = self._pull(inputs, upper, order)
         pull = None if pull is None else pull.to(weight.dtype)
         quantized = self._sweep(weight, format, upper.to(weight.dtype), order, params, pull)
@@ -101,12 +102,12 @@ class GPTQ:
         # Scales that share something are decided together, before the first column is.
         return self.static_groups or format.scaling.group_size is None or format.nested
 
-    def _params(self, weight: Tensor, format: Format, hessian: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _params(self, weight: Tensor, format: Format, importance: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.range is not None:
             return range_params(self.range, weight, format)
         if self.search is None:
             return format.params(weight)
-        return self.search.params(weight, format, hessian.diagonal())
+        return self.search.params(weight, format, importance)
 
     def factor(self, hessian: Tensor, name: str) -> tuple[Tensor, list[str]]:
         """U (float64, upper triangular) with (H + damping)^-1 = U^T U, and a note per retry."""

@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewbits.algorithms.base import Solved, need_hessian, proxy_loss
+from fewbits.algorithms.base import Solved, need_hessian, proxy_loss, revived
 from fewbits.calibration.stats import Inputs
 from fewbits.core.errors import BadInput
 from fewbits.formats import Format, Quantized
@@ -49,7 +49,8 @@ class LLMFP4:
 
     def solve(self, weight: Tensor, format: Format, inputs: Inputs, name: str) -> Solved:
         """Codes for `weight` [out, in] given the Hessian of `inputs`."""
-        hessian = need_hessian(inputs, "llm_fp4", name).float()
+        seen = need_hessian(inputs, "llm_fp4", name).float()
+        hessian = revived(seen)
         format.check(weight, name)
         weight = weight.float()
         factors = [*self.factors(), *format.wider]
@@ -61,9 +62,10 @@ class LLMFP4:
         rounded = format.quantize(weight, name)
         nearest = proxy_loss(weight - rounded.dequantize(), hessian)
         if nearest.sum() < loss.sum():  # a format may choose its scales better than a multiple of the range does
-            quantized, loss, notes = rounded, nearest, ["round-to-nearest was better and was kept"]
+            quantized, notes = rounded, ["round-to-nearest was better and was kept"]
+        loss, rtn_loss = (proxy_loss(weight - found.dequantize(), seen) for found in (quantized, rounded))
         return Solved(
-            quantized=quantized, notes=notes, loss=loss, rtn_loss=nearest, zero_loss=proxy_loss(weight, hessian)
+            quantized=quantized, notes=notes, loss=loss, rtn_loss=rtn_loss, zero_loss=proxy_loss(weight, seen)
         )
 
     def factors(self) -> list[float]:

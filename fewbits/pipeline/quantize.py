@@ -144,7 +144,7 @@ def _run(job: Job, journal: Journal, report: OnProgress, started: float) -> None
     shell.transform_inputs(job.input_hadamard)
     chosen = [_chosen(shell, index, job) for index in range(len(shell.blocks))]
     if not any(chosen):
-        raise BadInput(f"nothing to quantize: every linear matches an ignore pattern ({', '.join(job.ignore)})")
+        raise _nothing(shell, job)
     if job.plan is not None:
         names = [f"{prefix}.{ref.name}" for (prefix, _), refs in zip(shell.blocks, chosen, strict=True) for ref in refs]
         job.plan.check(job.source.identity, names)
@@ -192,6 +192,18 @@ def _run(job: Job, journal: Journal, report: OnProgress, started: float) -> None
 def _chosen(shell: ModelShell, index: int, job: Job) -> list[Ref]:
     prefix, block = shell.blocks[index]
     return [ref for ref in linears(block, shell.topology) if not ignored(f"{prefix}.{ref.name}", job.ignore)]
+
+
+def _nothing(shell: ModelShell, job: Job) -> BadInput:
+    """Why no linear was found to quantize."""
+    for prefix, block in shell.blocks:
+        for name, module in block.named_modules():
+            if type(module).__name__ == "Conv1D":
+                return Unsupported(
+                    f"{prefix}.{name} is a Conv1D, whose weight is stored [in, out]; fewbits quantizes nn.Linear and "
+                    "fused experts: choose a model of a family that is made of those"
+                )
+    return BadInput(f"nothing to quantize: every linear matches an ignore pattern ({', '.join(job.ignore)})")
 
 
 def _modules(job: Job, shell: ModelShell, chosen: list[list[Ref]]) -> dict[str, tuple[tuple[int, int], Format]]:

@@ -10,7 +10,7 @@ from fewbits.algorithms import METHODS
 from fewbits.algorithms.base import ROLES, Solved, proxy_loss
 from fewbits.algorithms.compose import Recipe, compose
 from fewbits.calibration.stats import STATISTICS, Inputs
-from fewbits.core.errors import BadInput
+from fewbits.core.errors import BadInput, FewbitsError
 from fewbits.formats import Format, parse_format
 
 FORMATS = [
@@ -103,3 +103,78 @@ def test_rows_are_solved_as_if_alone(method: str) -> None:
     part = solve(compose(method), weight[16:32], format, inputs).quantized
     same = (whole.codes[16:32] == part.codes).float().mean()
     assert float(same) > 0.99  # sums over more rows may round differently
+
+
+# --- inputs on which such methods have failed before ----------------------------------------------
+
+MAKING_CODES = of_role("weights", "refine", "residual")
+
+
+def values(method: str, format_name: str, weight: Tensor, inputs: Inputs, name: str = "layer") -> Tensor:
+    """What a linear computes with after `method`, scales stored in the dtype of the smallest range."""
+    format, recipe = parse_format(format_name).with_scale_dtype(torch.float16), compose(method)
+    found, beside = solve(recipe, weight, format, inputs, name), torch.zeros(())
+    if recipe.residual is not None:
+        done = recipe.residual.correct(
+            found, [weight], inputs, name, lambda other: solve(recipe, other, format, inputs, name)
+        )
+        assert done.residuals[0] is not None
+        found, beside = done.solved, done.residuals[0].dense()
+    return found.quantized.dequantize() + beside
+
+
+@pytest.mark.parametrize("method", MAKING_CODES)
+def test_groups_rows_and_tensors_of_zeros_stay_zero(method: str) -> None:
+    _, inputs = correlated(128, 500, 0.5)
+    for format_name in FORMATS:
+        weight = torch.randn(12, 128, generator=torch.Generator().manual_seed(4))
+        weight[3], weight[5, :64] = 0, 0
+        found = values(method, format_name, weight, inputs)
+        assert bool(torch.isfinite(found).all()) and not bool(found[3].any()), format_name
+        assert not bool(values(method, format_name, torch.zeros(12, 128), inputs).any()), format_name
+
+
+@pytest.mark.parametrize("method", MAKING_CODES)
+def test_weights_below_the_smallest_scale_give_no_nan(method: str) -> None:
+    """A scale that underflows to 0 makes 0 / 0 of every weight of its group."""
+    _, inputs = correlated(128, 500, 0.5)
+    weight = torch.randn(12, 128, generator=torch.Generator().manual_seed(5))
+    for format_name in FORMATS:
+        for magnitude in (1e-44, 1e-38, 1e-30, 1e-9):
+            found = values(method, format_name, weight * magnitude, inputs)
+            assert bool(torch.isfinite(found).all()), (format_name, magnitude)
+
+
+@pytest.mark.parametrize("method", MAKING_CODES)
+def test_columns_that_no_token_reached_keep_their_weights(method: str) -> None:
+    """Zeroing them, as GPTQ's first code does, breaks every input that calibration did not happen to hold."""
+    _, inputs = correlated(128, 500, 0.5)
+    dead = [0, 9, 77]
+    assert inputs.hessian is not None
+    inputs.hessian[dead], inputs.hessian[:, dead] = 0, 0
+    weight = torch.randn(12, 128, generator=torch.Generator().manual_seed(6))
+    for format_name in FORMATS:
+        found = values(method, format_name, weight, inputs)
+        nearest = parse_format(format_name).with_scale_dtype(torch.float16).quantize(weight).dequantize()
+        lost = [float((weight - each)[:, dead].norm()) for each in (found, nearest)]
+        assert lost[0] <= 1.3 * lost[1], format_name
+
+
+@pytest.mark.parametrize("method", MAKING_CODES)
+def test_fewer_tokens_than_columns_are_enough(method: str) -> None:
+    x = torch.randn(10, 128, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    weight = torch.randn(12, 128, generator=torch.Generator().manual_seed(8))
+    for format_name in FORMATS:
+        found = values(method, format_name, weight, Inputs(hessian=2 / 10 * x.T @ x, tokens=10))
+        assert bool(torch.isfinite(found).all()), format_name
+        assert float((weight - found).norm()) < 2 * float(weight.norm()), "directions nobody saw are not given away"
+
+
+@pytest.mark.parametrize("method", [name for name in MAKING_CODES if "hessian" in METHODS.get(name).statistics])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_hessian_that_overflowed_is_refused_by_name(method: str, value: float) -> None:
+    _, inputs = correlated(64, 500, 0.5)
+    assert inputs.hessian is not None
+    inputs.hessian[3, 3] = value
+    with pytest.raises(FewbitsError, match=r"blocks\.0\.down_proj: .*overflowed"):
+        values(method, "int4-g32", torch.ones(4, 64), inputs, "blocks.0.down_proj")

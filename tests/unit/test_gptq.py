@@ -80,7 +80,7 @@ def test_the_block_size_does_not_matter(format_name: str, static_groups: bool) -
         GPTQ(act_order=False, search=None, static_groups=static_groups, block_size=size)
         .solve(weight, parse_format(format_name), Inputs(hessian=hessian), "w")
         .quantized
-        for size in (1, 16, 100, 256)
+        for size in (1, 16, 100, 128, 256)
     ]
     for other in results[1:]:
         assert torch.equal(results[0].codes, other.codes) and torch.equal(results[0].scale, other.scale)
@@ -91,6 +91,8 @@ def test_the_scale_of_the_hessian_does_not_matter() -> None:
     format = parse_format("int3-asym-g64")
     first, second = (GPTQ().solve(weight, format, Inputs(hessian=hessian * c), "w").quantized for c in (1, 1024))
     assert torch.equal(first.codes, second.codes)
+    third = GPTQ().solve(weight, format, Inputs(hessian=hessian * 3), "w").quantized
+    assert torch.equal(first.codes, third.codes)
 
 
 def test_infinite_damping_gives_rounding_to_nearest_but_for_ties() -> None:
