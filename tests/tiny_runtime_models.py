@@ -3,13 +3,14 @@ them."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from fewbits.checkpoints import compressed_tensors, native
+from fewbits.checkpoints.codecs import CODECS, Stored
 from fewbits.formats import Format, Quantized, parse_format
 from fewbits.nn.qlinear import QLinear
 
@@ -119,29 +120,27 @@ def write_quantized(
     *,
     kind: str = "native",
     activations: Format | None = None,
+    order: dict[str, torch.Tensor] | None = None,
 ) -> Path:
-    """A checkpoint of `model` whose linears are `weights`, as `native` or `compressed-tensors`."""
+    """A checkpoint of `model` whose linears are `weights`, in the checkpoint format called `kind`."""
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+    tensors, stored = {}, {}
     for name, tensor in model.state_dict().items():
         module, _, leaf = name.rpartition(".")
         tied = name == "lm_head.weight" and model.config.tie_word_embeddings
         if not tied and not (module in weights and leaf == "weight"):
             tensors[name] = tensor.contiguous()
     for name, weight in weights.items():
-        parts = weight.to_state() if kind == "native" else compressed_tensors.encode(weight, activations)
+        held = Stored(format=weight.format, shape=weight.shape, state=weight.to_state(), activations=activations)
+        stored[name] = held if order is None else dataclasses.replace(held, order=order[name])
+        parts = CODECS.get(kind).encode(stored[name])
         tensors.update({f"{name}.{part}": tensor.contiguous() for part, tensor in parts.items()})
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     config = model.config.to_dict()
-    format = next(iter(weights.values())).format
-    if kind == "native":
-        config["quantization_config"] = native.quantization_config(
-            {name: native.module_entry(weight.format, activations, weight.shape) for name, weight in weights.items()}
-        )
-    else:
-        config["quantization_config"] = compressed_tensors.quantization_config(format, activations, ["lm_head"])
+    layers = {name: weight.layer for name, weight in stored.items()}
+    config |= CODECS.get(kind).quantization(layers, ["lm_head"])
     (directory / "config.json").write_text(json.dumps(config, default=str))
     model.generation_config.save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)

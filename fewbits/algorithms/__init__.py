@@ -5,6 +5,7 @@ from fewbits.core.registry import Registry
 METHODS = Registry(
     "method",
     {
+        "inject": "fewbits.algorithms.inject:Inject",
         "rotate": "fewbits.algorithms.rotate:Rotate",
         "embeddings": "fewbits.algorithms.embeddings:Embeddings",
         "preshift": "fewbits.algorithms.preshift:PreShift",

@@ -218,7 +218,7 @@ class _Plan:
                     self._rows(f"{prefix}.{ref.disk_name}", turn)
             for norm, readers in topology.norms:
                 gain = topology.disk_name(f"{prefix}.{norm}.weight")
-                for name in self._readers(block, readers):
+                for name in readers_on_disk(topology, block, readers):
                     self._change(f"{prefix}.{name}.weight", gain=gain, columns=(turn,))
                 self._change(gain, ones=True)
         if head in self.source.tied() or self.source.config().get("tie_word_embeddings"):
@@ -231,14 +231,6 @@ class _Plan:
             )
         self._change(head, gain=last, columns=(turn,))
         self._change(last, ones=True)
-
-    def _readers(self, block: nn.Module, patterns: tuple[str, ...]) -> list[str]:
-        """Names on disk of the linears and routers that read a norm, relative to the block."""
-        assert self.topology is not None
-        found = [ref.disk_name for ref in self._refs(block) if _any(ref.name, patterns)]
-        present = dict(block.named_modules())
-        routers = [name for name in self.topology.routers if name in present and _any(name, patterns)]
-        return found + [self.topology.disk_name(f".{name}.").strip(".") for name in routers]
 
     def _refuses_residual(self, topology: Topology) -> str | None:
         if not topology.norms:
@@ -254,6 +246,14 @@ class _Plan:
             if "RMSNorm" not in type(norm).__name__ or [n for n, _ in norm.named_parameters()] != ["weight"]:
                 return f"{name} is a {type(norm).__name__}, which subtracts a mean or adds a bias"
         return None
+
+
+def readers_on_disk(topology: Topology, block: nn.Module, patterns: tuple[str, ...]) -> list[str]:
+    """Names on disk of the linears and routers of `block` that `patterns` name, relative to the block."""
+    found = [ref.disk_name for ref in linears(block, topology) if _any(ref.name, patterns)]
+    present = dict(block.named_modules())
+    routers = [name for name in topology.routers if name in present and _any(name, patterns)]
+    return found + [topology.disk_name(f".{name}.").strip(".") for name in routers]
 
 
 def _any(name: str, patterns: list[str] | tuple[str, ...]) -> bool:

@@ -6,26 +6,28 @@ Per quantized linear, by `format` (compressed-tensors 0.20, compressors/):
   `weight_zero_point` int32 packed the same way along the *output* dimension, [ceil(out*b/32), G].
 - int-quantized: `weight` int8 [out, in], `weight_scale` [out, 1].
 - float-quantized: `weight` float8_e4m3fn [out, in], `weight_scale` [out, 1] or [1].
-- what scales blocks otherwise (MXFP4, FP8 tiles): compressed_blocks.py.
+- what scales blocks otherwise (MXFP4, MXFP8, NVFP4, FP8 tiles): compressed_blocks.py.
 
 A row of 32-bit words read as bytes is fewbits' canonical packing padded to whole words, and the offset
 code is the canonical level index, so packing changes no code. What this format cannot say (tables such as
-NF4, groups that do not divide the input dimension, E5M2) is written in the native format instead.
+NF4, groups that do not divide the input dimension, E5M2) is written in the
+native format instead. Reading is in compressed_tensors_read.py.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewbits.checkpoints import compressed_blocks as blocks
+from fewbits.checkpoints import compressed_tensors_read as reading
 from fewbits.checkpoints.base import Source
-from fewbits.core.errors import BadInput, Unsupported
+from fewbits.checkpoints.codecs import Codec, Entry, Layer, Stored
+from fewbits.checkpoints.words import to_e2m1, to_e4m3, to_words
+from fewbits.core.errors import Unsupported
 from fewbits.formats import Format, Quantized, parse_format
 from fewbits.formats import bits as packing
 from fewbits.formats.elements import ELEMENTS, UNSIGNED
@@ -33,16 +35,6 @@ from fewbits.formats.scales import PlainScale
 
 QUANT_METHOD = "compressed-tensors"
 _VERSION = "0.20.0"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodedModule:
-    """One quantized linear of a checkpoint: its weight and, if any, the format of its activations."""
-
-    weight: Quantized
-    activations: Format | None = None
-
-
 # What its presets can name: integers of the full range, and E4M3.
 _GRIDS = (*(ELEMENTS[f"int{bits}"] for bits in range(2, 9)), *UNSIGNED.values(), ELEMENTS["fp8_e4m3"])
 
@@ -99,6 +91,7 @@ def _strategy(format: Format) -> str:
 
 
 def _arguments(format: Format, *, dynamic: bool) -> dict[str, Any]:
+    grouped = dynamic and format.scaling.block == "group"
     return {
         "num_bits": format.bits,
         "type": "float" if format.grid.kind == "float" else "int",
@@ -110,7 +103,7 @@ def _arguments(format: Format, *, dynamic: bool) -> dict[str, Any]:
         "block_structure": None,
         "observer": None if dynamic else "minmax",
         "observer_kwargs": {},
-        **(blocks.arguments(format) if blocks.layout(format) or (dynamic and format.scaling.block == "group") else {}),
+        **(blocks.arguments(format) if blocks.layout(format) or grouped else {}),
     }
 
 
@@ -156,133 +149,80 @@ def _group(format: Format, activations: Format | None, targets: list[str]) -> di
     }
 
 
-def _to_words(codes: Tensor, bits: int) -> Tensor:
-    packed = packing.pack(codes, bits)
-    padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 4))
-    # Through one dimension: a matrix of one row may keep a stride that no view as words accepts.
-    return padded.reshape(-1).view(torch.int32).reshape(len(codes), -1)
-
-
-def _from_words(words: Tensor, bits: int, count: int) -> Tensor:
-    packed = words.reshape(-1).view(torch.uint8).reshape(len(words), -1)
-    length = packing.packed_length(count, bits)
-    if packed.shape[-1] != -(-length // 4) * 4:
-        raise BadInput(f"packed rows of {packed.shape[-1]} bytes; {count} codes of {bits} bits take {length}")
-    return packing.unpack(packed[..., :length].contiguous(), bits, count)
-
-
 def encode(weight: Quantized, activations: Format | None) -> dict[str, Tensor]:
     """The tensors of one linear, by suffix. Raises Unsupported where `refuses` gives a reason."""
     reason = refuses(weight.format, activations, weight.shape)
     if reason is not None:
         raise Unsupported(f"compressed-tensors cannot hold {weight.format.name}: {reason}; use the native format")
-    if blocks.layout(weight.format):
-        return blocks.encode(weight)
-    kind = layout(weight.format, activations)
-    scale = weight.scale.reshape(1) if weight.format.scaling.block == "tensor" else weight.scale
-    if kind == "float-quantized":
-        values = weight.format.grid.value(weight.codes)
-        return {"weight": values.to(torch.float8_e4m3fn), "weight_scale": scale}
-    bits = weight.format.bits
+    state = weight.to_state()
+    return _tensors(Stored(format=weight.format, shape=weight.shape, state=state, activations=activations))
+
+
+def _tensors(stored: Stored) -> dict[str, Tensor]:
+    format, codes, scale = stored.format, stored.state["codes"], stored.state["scale"]
+    kind = layout(format, stored.activations)
+    scale = scale.reshape(1) if format.scaling.block == "tensor" else scale
+    if kind in (blocks.NVFP4, blocks.MXFP4):
+        outer = {"weight_global_scale": stored.state["scale_divisor"]} if kind == blocks.NVFP4 else {}
+        return {"weight_packed": to_e2m1(codes), "weight_scale": scale, **outer}
+    if format.grid.kind == "float":
+        return {"weight": to_e4m3(codes), "weight_scale": scale}
     if kind == "int-quantized":
-        return {"weight": (weight.codes.short() - 128).to(torch.int8), "weight_scale": scale}
+        return {"weight": (codes ^ 128).view(torch.int8), "weight_scale": scale}
     tensors = {
-        "weight_packed": _to_words(weight.codes, bits),
+        "weight_packed": to_words(codes),
         "weight_scale": scale,
-        "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
+        "weight_shape": torch.tensor(stored.shape, dtype=torch.int64),
     }
-    if weight.zero is not None:
-        tensors["weight_zero_point"] = _to_words(weight.zero.t().contiguous(), bits).t().contiguous()
+    if "zero" in stored.state:
+        groups = format.parameter_shape(stored.shape)[1]
+        zero = packing.unpack(stored.state["zero"], format.bits, groups)
+        tensors["weight_zero_point"] = to_words(packing.pack(zero.t().contiguous(), format.bits)).t().contiguous()
     return tensors
 
 
-def _format_of(arguments: dict[str, Any], *, where: str) -> Format:
-    """The format that quantization arguments describe; Unsupported for what is not read here."""
-    bits, kind, strategy = arguments.get("num_bits"), arguments.get("type"), arguments.get("strategy")
-    if arguments.get("dynamic") not in (True, False, None):
-        raise Unsupported(f"{where}: dynamic={arguments['dynamic']!r} is not read by fewbits")
-    if name := blocks.format_name(arguments):
-        return parse_format(name)
-    readable = {("int", width): f"int{width}" for width in range(2, 9)} | {("float", 8): "fp8_e4m3"}
-    element = readable.get((str(kind), bits)) if isinstance(bits, int) else None
-    if element is None or strategy not in ("tensor", "channel", "group", "token"):
-        raise Unsupported(
-            f"{where}: {bits}-bit {kind} per {strategy} is not read by fewbits; load it with vLLM or transformers"
-        )
-    zero = "" if arguments.get("symmetric", True) else "-asym"
-    block = f"g{arguments.get('group_size')}" if strategy == "group" else strategy
-    return parse_format(f"{element}{zero}-{block}")
+class CompressedTensors(Codec):
+    holds = "integers of 2 to 8 bits, FP8, NVFP4, MXFP4, MXFP8; loads in transformers and vLLM"
+    writes = True
+
+    def claims(self, quantization: dict[str, Any]) -> bool:
+        return bool(quantization.get("quant_method") == QUANT_METHOD)
+
+    def entries(self, source: Source) -> dict[str, Entry]:
+        return reading.entries(source)
+
+    def read(self, source: Source, module: str, entry: Entry) -> Stored:
+        return reading.read(source, module, entry)
+
+    def refuses(self, stored: Stored) -> str | None:
+        format = stored.format
+        if stored.order is not None:
+            return "compressed-tensors 0.20 dropped activation order (weight_g_idx)"
+        if stored.input_hadamard or stored.residual is not None or stored.outliers is not None:
+            return "its weight is that of a transformed input, or not all in the codes"
+        if format.name in ("nvfp4", "fp4_e2m1-g16-e4m3"):
+            return "compressed-tensors divides by NVFP4's outer scale where this weight multiplies: its last bit moves"
+        return refuses(format, stored.activations, stored.shape)
+
+    def nearest(self, layer: Layer) -> Format:
+        if layer.format.name.startswith("nvfp4") or layer.format.name == "fp4_e2m1-g16-e4m3":
+            return parse_format("nvfp4_ct")
+        width = layer.format.scaling.group_size or 128
+        if layer.shape[1] % width:
+            width = next((size for size in (128, 64, 32, 16) if layer.shape[1] % size == 0), 0)
+        bits = layer.format.bits
+        block = "channel" if bits == 8 or not width else f"g{width}"
+        return parse_format(f"int{bits}-{block}").with_scale_dtype(torch.float16)
+
+    def encode(self, stored: Stored) -> dict[str, Tensor]:
+        return _tensors(stored)
+
+    def quantization(self, layers: Mapping[str, Layer], dense: Iterable[str]) -> dict[str, Any]:
+        inputs = next((layer.activations for layer in layers.values()), None)
+        formats = {name: layer.format for name, layer in layers.items()}
+        single = {format.name for format in formats.values()}
+        found = next(iter(formats.values())) if len(single) == 1 else formats
+        return {"quantization_config": quantization_config(found, inputs, dense)}
 
 
-def _targets(group: dict[str, Any], module: str) -> bool:
-    for target in group.get("targets", []):
-        if target == "Linear" or target == module:
-            return True
-        if target.startswith("re:") and re.match(target[3:], module):
-            return True
-    return False
-
-
-def quantized_modules(source: Source) -> dict[str, dict[str, Any]]:
-    """Module name -> its config group, for every module of `source` that holds quantized tensors."""
-    config = source.config().get("quantization_config", {})
-    groups = list(config.get("config_groups", {}).values())
-    names = source.names()
-    present = set(names)
-    modules = [name.removesuffix(".weight_packed") for name in names if name.endswith(".weight_packed")]
-    modules += [
-        name.removesuffix(".weight_scale")
-        for name in names
-        if name.endswith(".weight_scale") and f"{name.removesuffix('_scale')}" in present
-    ]
-    found = {}
-    for module in modules:
-        group = next((group for group in groups if _targets(group, module)), None)
-        if group is None:
-            raise BadInput(f"{module}: quantized in the file, but no group of quantization_config names it")
-        found[module] = group
-    return found
-
-
-def decode(source: Source, module: str, group: dict[str, Any]) -> DecodedModule:
-    """Reads one linear back as codes; exactly what was written, no rounding."""
-    format = _format_of(group["weights"], where=module)
-    inputs = group.get("input_activations")
-    activations = None if inputs is None else _format_of(inputs, where=f"{module} activations")
-    if f"{module}.weight_g_idx" in source.names():
-        raise Unsupported(
-            f"{module}: activation order with g_idx is not read by fewbits; load it with vLLM or transformers"
-        )
-    scale = source.tensor(f"{module}.weight_scale")
-    if format.name == "mxfp4":
-        weight = blocks.decode_mxfp4(source.tensor(f"{module}.weight_packed"), scale, module)
-        return DecodedModule(weight=weight, activations=activations)
-    zero = None
-    if f"{module}.weight_packed" in source.names():
-        shape = source.tensor(f"{module}.weight_shape")
-        if shape.numel() != 2 or shape.dtype != torch.int64 or int(shape.min()) < 1:
-            raise BadInput(f"{module}.weight_shape: {shape.tolist()} is no shape [out, in]")
-        rows, columns = (int(size) for size in shape)
-        words = source.tensor(f"{module}.weight_packed")
-        if words.dim() != 2 or words.shape[0] != rows or words.dtype != torch.int32:
-            raise BadInput(f"{module}.weight_packed: {words.dtype} {tuple(words.shape)} does not hold {rows} rows")
-        codes = _from_words(words, format.bits, columns)
-        if format.scaling.zero_point:
-            packed = source.tensor(f"{module}.weight_zero_point")
-            zero = _from_words(packed.t().contiguous(), format.bits, rows).t().contiguous()
-    else:
-        stored = source.tensor(f"{module}.weight")
-        if stored.dtype == torch.int8:
-            codes = (stored.short() + 128).to(torch.uint8)
-        elif stored.dtype == torch.float8_e4m3fn:
-            codes = format.grid.nearest(stored.float())
-        else:
-            raise BadInput(f"{module}.weight: {stored.dtype}; int8 or float8_e4m3fn belongs to {group.get('format')}")
-    expected = format.parameter_shape((codes.shape[0], codes.shape[1]))
-    if scale.numel() != expected[0] * expected[1]:
-        raise BadInput(f"{module}.weight_scale: shape {tuple(scale.shape)}; {format.name} has {expected} here")
-    scale = scale.reshape(expected)
-    if not bool(torch.isfinite(scale).all()):
-        raise BadInput(f"{module}.weight_scale holds NaN or infinite values: the checkpoint is damaged")
-    weight = Quantized(format=format.with_scale_dtype(scale.dtype), codes=codes, scale=scale, zero=zero)
-    return DecodedModule(weight=weight, activations=activations)
+CODEC = CompressedTensors()

@@ -28,27 +28,33 @@ whose weights are beside the codes unless dtype is null (formats/outliers.py). c
     M.outlier_columns  int32 [columns]
     M.outlier_weight   [out, columns], or [out, in] where they are found as the model runs
 
-Everything else in the checkpoint is what the source had. A file states the lowest version that can say what is in it: 4
-with outliers, else 3 with a residual, else 2 with an input_hadamard, else 1. A reader refuses a version above its own.
+With "input_order": true there is a tensor M.input_order, int32 [in]: column c of the weight multiplies input channel
+input_order[c], whatever follows.
+
+Everything else in the checkpoint is what the source had. A file states the lowest version that can say what is in it: 5
+with an input_order, else 4 with outliers, 3 with a residual, 2 with an input_hadamard, else 1. A reader refuses a
+version above its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fewbits.checkpoints.base import Source
+from fewbits.checkpoints.codecs import Codec, Entry, Layer, Stored, tensor_named
 from fewbits.core.errors import BadInput, Unsupported
-from fewbits.formats import Format, Quantized, hadamard, parse_format
+from fewbits.formats import Format, hadamard, parse_format
 from fewbits.formats.low_rank import DTYPES, LowRank, LowRankSpec
 from fewbits.formats.outliers import Outliers, OutlierSpec
 
 QUANT_METHOD = "fewbits"
-VERSION = 4
+VERSION = 5
 # Names, not eval: a checkpoint may only pick from this table.
 SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -63,6 +69,7 @@ class Module:
     input_hadamard: tuple[int, ...] = ()
     residual: LowRankSpec | None = None
     outliers: OutlierSpec | None = None
+    input_order: bool = False
 
 
 def module_entry(
@@ -72,6 +79,7 @@ def module_entry(
     input_hadamard: Sequence[int] | None = None,
     residual: LowRankSpec | None = None,
     outliers: OutlierSpec | None = None,
+    input_order: bool = False,
 ) -> dict[str, Any]:
     """What config.json says of one linear."""
     more: dict[str, Any] = {"input_hadamard": list(input_hadamard)} if input_hadamard else {}
@@ -79,6 +87,8 @@ def module_entry(
         more["residual"] = {"rank": residual.rank, "dtype": residual.dtype_name}
     if outliers is not None:
         more["outliers"] = outliers.entry()
+    if input_order:
+        more["input_order"] = True
     return {
         "format": format.name,
         "shape": list(shape),
@@ -91,7 +101,8 @@ def module_entry(
 def quantization_config(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """`quantization_config` of config.json."""
     said = {key for entry in modules.values() for key in entry}
-    version = 4 if "outliers" in said else 3 if "residual" in said else 2 if "input_hadamard" in said else 1
+    newest = {"input_order": 5, "outliers": 4, "residual": 3, "input_hadamard": 2}
+    version = max([newest[key] for key in said if key in newest], default=1)
     return {"quant_method": QUANT_METHOD, "version": version, "modules": modules}
 
 
@@ -117,6 +128,7 @@ def read_modules(config: dict[str, Any]) -> dict[str, Module]:
             input_hadamard=_orders(name, entry.get("input_hadamard", []), shape[1]),
             residual=_residual(name, entry.get("residual"), (shape[0], shape[1])),
             outliers=_outliers(name, entry.get("outliers"), shape[1]),
+            input_order=entry.get("input_order") is True,
         )
     return modules
 
@@ -149,35 +161,83 @@ def _outliers(name: str, entry: Any, columns: int) -> OutlierSpec | None:
         raise BadInput(f"{name}: {error}") from error
 
 
-def decode(source: Source, module: str, format: Format, shape: tuple[int, int]) -> Quantized:
-    """Reads one linear back as codes."""
-    state = {name: source.tensor(f"{module}.{name}") for name in format.layout(shape)}
-    try:
-        weight = Quantized.from_state(format, shape, state)
-    except BadInput as error:
-        raise BadInput(f"{module}: {error}: the checkpoint is damaged") from error
-    if not bool(torch.isfinite(weight.scale.float()).all()):
-        raise BadInput(f"{module}: its scales are not finite: the checkpoint is damaged")
-    return weight
+class Native(Codec):
+    holds = "every format; loads where fewbits is"
+    writes = True
 
+    def claims(self, quantization: dict[str, Any]) -> bool:
+        return bool(quantization.get("quant_method") == QUANT_METHOD)
 
-def residual(source: Source, module: str, entry: Module) -> LowRank | None:
-    """Reads what goes beside the codes of one linear, if anything does."""
-    if entry.residual is None:
+    def entries(self, source: Source) -> dict[str, Entry]:
+        modules = read_modules(source.config().get("quantization_config", {}))
+        return {
+            name: Entry(tensor=f"{name}.weight", parts=tuple(f"{name}.{part}" for part in _parts(found)), about=found)
+            for name, found in modules.items()
+        }
+
+    def read(self, source: Source, module: str, entry: Entry) -> Stored:
+        about: Module = entry.about
+        state = {name: source.tensor(f"{module}.{name}") for name in about.format.layout(about.shape)}
+        order = tensor_named(source, f"{module}.input_order", 1, torch.int32).long() if about.input_order else None
+        return Stored(
+            format=about.format, shape=about.shape, state=state, activations=about.activations, order=order,
+            input_hadamard=about.input_hadamard, residual=_read_residual(source, module, about),
+            outliers=_read_outliers(source, module, about),
+        )  # fmt: skip
+
+    def refuses(self, stored: Stored) -> str | None:
         return None
-    state = {name: source.tensor(f"{module}.{name}") for name in entry.residual.layout(entry.shape)}
-    try:
-        return LowRank.from_state(entry.residual, entry.shape, state)
-    except BadInput as error:
-        raise BadInput(f"{module}: {error}: the checkpoint is damaged") from error
+
+    def nearest(self, layer: Layer) -> Format:
+        return layer.format
+
+    def encode(self, stored: Stored) -> dict[str, Tensor]:
+        ordered = {} if stored.order is None else {"input_order": stored.order.int()}
+        residual = {} if stored.residual is None else stored.residual.to_state()
+        outliers = {} if stored.outliers is None else stored.outliers.to_state()
+        return {**stored.state, **ordered, **residual, **outliers}
+
+    def quantization(self, layers: Mapping[str, Layer], dense: Iterable[str]) -> dict[str, Any]:
+        modules = {
+            name: module_entry(
+                layer.format,
+                layer.activations,
+                layer.shape,
+                layer.input_hadamard,
+                layer.residual,
+                layer.outliers,
+                layer.ordered,
+            )
+            for name, layer in layers.items()
+        }
+        return {"quantization_config": quantization_config(modules)}
 
 
-def outliers(source: Source, module: str, entry: Module) -> Outliers | None:
-    """Reads which columns of one linear stay in 16 bits, if any do."""
-    if entry.outliers is None:
+def _parts(module: Module) -> list[str]:
+    residual = [] if module.residual is None else list(module.residual.layout(module.shape))
+    outliers = [] if module.outliers is None else list(module.outliers.layout(module.shape))
+    order = ["input_order"] if module.input_order else []
+    return [*module.format.layout(module.shape), *residual, *outliers, *order]
+
+
+def _read_residual(source: Source, module: str, about: Module) -> LowRank | None:
+    if about.residual is None:
         return None
-    state = {name: source.tensor(f"{module}.{name}") for name in entry.outliers.layout(entry.shape)}
+    state = {name: source.tensor(f"{module}.{name}") for name in about.residual.layout(about.shape)}
     try:
-        return Outliers.from_state(entry.outliers, entry.shape, state)
+        return LowRank.from_state(about.residual, about.shape, state)
     except BadInput as error:
         raise BadInput(f"{module}: {error}: the checkpoint is damaged") from error
+
+
+def _read_outliers(source: Source, module: str, about: Module) -> Outliers | None:
+    if about.outliers is None:
+        return None
+    state = {name: source.tensor(f"{module}.{name}") for name in about.outliers.layout(about.shape)}
+    try:
+        return Outliers.from_state(about.outliers, about.shape, state)
+    except BadInput as error:
+        raise BadInput(f"{module}: {error}: the checkpoint is damaged") from error
+
+
+CODEC = Native()

@@ -28,20 +28,9 @@ COMMON_FORMATS = (
     "fp8_e4m3-channel",
     "fp4_e2m1-g16",
 )
+# What no codec of quantized models is for.
 CHECKPOINTS: tuple[Row, ...] = (
     {"checkpoint": "safetensors", "reads": "yes", "writes": "-", "holds": "dense float32, bfloat16, float16"},
-    {
-        "checkpoint": "compressed-tensors",
-        "reads": "yes",
-        "writes": "yes",
-        "holds": "integer 2 to 8 bits, FP8 E4M3; loads in transformers and vLLM",
-    },
-    {
-        "checkpoint": "native",
-        "reads": "yes",
-        "writes": "yes",
-        "holds": "every format; loads where fewbits is",
-    },
     {"checkpoint": "gguf", "reads": "yes", "writes": "-", "holds": "dense and block types, decoded to dense"},
 )
 
@@ -147,7 +136,13 @@ def models() -> list[Row]:
 
 
 def checkpoints() -> list[Row]:
-    return list(CHECKPOINTS)
+    from fewbits.checkpoints.codecs import CODECS
+
+    quantized = [
+        {"checkpoint": name, "reads": "yes", "writes": "yes" if codec.writes else "-", "holds": codec.holds}
+        for name, codec in CODECS.items()
+    ]
+    return [*quantized, *CHECKPOINTS]
 
 
 KINDS: dict[str, Callable[[], list[Row]]] = {

@@ -10,6 +10,7 @@
 | `-narrow` | integers of the restricted range, -(2**(b-1)-1) up: zero is the middle level |
 | `-tensor` `-channel` `-token` `-g64` `-tile128` | which block shares a scale |
 | `-dq` `-e8m0` `-e4m3` | scales stored twice quantized, as powers of two, as E4M3 under an outer float32 |
+| `-e4m3d` | as `-e4m3` with the outer scale's reciprocal, to divide by |
 
 Scales are plain floats where nothing is said. Formats known under a name of their own are in `NAMED`.
 """
@@ -27,13 +28,14 @@ from fewbits.formats.elements import ELEMENTS, NARROW, UNSIGNED
 from fewbits.formats.grid import Grid
 from fewbits.formats.kquant import FORMATS as GGUF
 from fewbits.formats.nvfp4 import LIMIT, FourOverSix
-from fewbits.formats.scales import DoubleScale, FloatScale, PlainScale, PowerScale, ScaleStore
+from fewbits.formats.scales import DividedScale, DoubleScale, FloatScale, PlainScale, PowerScale, ScaleStore
 
 _BLOCKS = ("tensor", "channel", "token")
 STORES: dict[str, Callable[[], ScaleStore]] = {
     "dq": DoubleScale,
     "e8m0": PowerScale,
     "e4m3": FloatScale,
+    "e4m3d": DividedScale,
 }
 _NAME = re.compile(
     r"(?P<element>[a-z0-9_]+?)(?:-(?P<zero>asym|min|narrow))?"
@@ -55,6 +57,7 @@ NAMED: dict[str, str | Callable[[], Format]] = {
     "mxfp8": "fp8_e4m3-g32-e8m0",
     "mxfp8_e5m2": "fp8_e5m2-g32-e8m0",
     "nvfp4": "fp4_e2m1-g16-e4m3",
+    "nvfp4_ct": "fp4_e2m1-g16-e4m3d",
     "nvfp4_4over6": _four_over_six,
     "fp8_block": "fp8_e4m3-tile128",
     **GGUF,

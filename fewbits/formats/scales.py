@@ -8,6 +8,7 @@ blocks store their scales in few bits:
 | `PlainScale` | float32, float16 or bfloat16 | itself | 32 or 16 | most |
 | `PowerScale` | E8M0: a biased exponent | 2**(e - 127) | 8 | MXFP4, MXFP6, MXFP8 |
 | `FloatScale` | E4M3 under one float32 per tensor | e4m3 * outer | 8 | NVFP4 |
+| `DividedScale` | the same with the reciprocal of the outer one | e4m3 / divisor | 8 | NVFP4 of compressed-tensors |
 | `DoubleScale` | 8-bit dynamic code, per 256 a float32 range, one mean | map[code] * range + mean | 8.125 | QLoRA |
 
 A store does two things. `round` is elementwise and runs on every candidate scale of a range search. `settle`
@@ -169,6 +170,41 @@ class FloatScale:
 
     def value(self, state: State, rows: int, groups: int) -> Tensor:
         return state["scale"].float() * state["scale_outer"]
+
+
+@dataclass(frozen=True)
+class DividedScale(FloatScale):
+    """E4M3 block scales over one float32 divisor per tensor, as compressed-tensors stores NVFP4.
+
+    The divisor is the reciprocal of `FloatScale`'s outer scale. Each rounds to float32 in its own way, so the two
+    differ in the last bit of a scale, and a file is only read exactly in the form it has.
+    """
+
+    def round(self, raw: Tensor, top: float) -> Tensor:
+        if self.fixed is None:
+            return raw
+        divisor = 1 / self.outer(raw)
+        return self.over(raw, divisor).float() / divisor
+
+    def by_row(self, raw: Tensor) -> Tensor:
+        outer = raw.amax(1, keepdim=True) / self.limit
+        divisor = 1 / torch.where(outer > 0, outer, torch.ones_like(outer))
+        return self.over(raw, divisor).float() / divisor
+
+    def over(self, raw: Tensor, divisor: Tensor) -> Tensor:
+        """Block scales as E4M3 numbers to be divided by `divisor`."""
+        return (raw * divisor).clamp(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
+
+    def settle(self, scale: Tensor) -> tuple[Tensor, State]:
+        divisor = 1 / self.outer(scale)
+        state = {"scale": self.over(scale, divisor), "scale_divisor": divisor}
+        return self.value(state, *scale.shape), state
+
+    def layout(self, rows: int, groups: int) -> Layout:
+        return {"scale": ((rows, groups), torch.float8_e4m3fn), "scale_divisor": ((1,), torch.float32)}
+
+    def value(self, state: State, rows: int, groups: int) -> Tensor:
+        return state["scale"].float() / state["scale_divisor"]
 
 
 @dataclass(frozen=True)

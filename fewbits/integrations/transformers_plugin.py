@@ -65,7 +65,7 @@ class FewbitsQuantizer(HfQuantizer):
             replacement = QLinear(
                 entry.shape[1], entry.shape[0], entry.format, bias, entry.activations,
                 dtype=linear.weight.dtype, device="meta", input_hadamard=entry.input_hadamard,
-                residual=entry.residual, outliers=entry.outliers,
+                residual=entry.residual, outliers=entry.outliers, input_order=entry.input_order,
             )  # fmt: skip
             model.set_submodule(name, replacement)
 

@@ -40,12 +40,15 @@ class QLinear(nn.Module):
     residual: rank and dtype of a low-rank matrix that is added to what the codes stand for (formats/low_rank.py), or
     None; it multiplies the very x that the codes do, rounded where that is rounded.
     outliers: which columns of x are not rounded but multiplied in 16 bits (formats/outliers.py), or None.
+    input_order: whether there is a buffer of that name, int32 [in]: before all else, channel c of x is taken from
+    channel input_order[c].
     Tensors are allocated empty; fill them by `load_state_dict`, or use `from_quantized`.
     """
 
     codes: Tensor | None
     scale: Tensor
     bias: nn.Parameter | None
+    input_order: Tensor | None
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class QLinear(nn.Module):
         input_hadamard: Sequence[int] = (),
         residual: LowRankSpec | None = None,
         outliers: OutlierSpec | None = None,
+        input_order: bool = False,
     ) -> None:
         super().__init__()
         if activations is not None:
@@ -80,6 +84,8 @@ class QLinear(nn.Module):
         if outliers is not None:
             for name, (size, stored_as) in outliers.layout((out_features, in_features)).items():
                 self.register_buffer(name, torch.empty(size, dtype=stored_as, device=device))
+        ordered = torch.empty(in_features, dtype=torch.int32, device=device) if input_order else None
+        self.register_buffer("input_order", ordered)
         empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
 
@@ -92,6 +98,7 @@ class QLinear(nn.Module):
         input_hadamard: Sequence[int] = (),
         residual: LowRank | None = None,
         outliers: Outliers | None = None,
+        input_order: Tensor | None = None,
     ) -> QLinear:
         """A canonical module (not yet prepacked) holding `weight`; the tensors are shared, not copied."""
         out_features, in_features = weight.shape
@@ -99,10 +106,13 @@ class QLinear(nn.Module):
             in_features, out_features, weight.format, bias is not None, activations,
             device="meta", input_hadamard=input_hadamard, residual=None if residual is None else residual.spec,
             outliers=None if outliers is None else outliers.spec,
+            input_order=input_order is not None,
         )  # fmt: skip
         beside = [found.to_state() for found in (residual, outliers) if found is not None]
         for name, tensor in [item for state in (weight.to_state(), *beside) for item in state.items()]:
             setattr(module, name, tensor)
+        if input_order is not None:
+            module.input_order = input_order.to(weight.codes.device, torch.int32)
         if bias is not None:
             module.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return module
@@ -196,6 +206,8 @@ class QLinear(nn.Module):
         if self._packed is None:
             self.prepack()
         assert self._packed is not None and self._spec is not None and self.kernel is not None
+        if self.input_order is not None:
+            x = x.index_select(-1, self.input_order)
         if self.input_hadamard:
             x = hadamard.transform(x, self.input_hadamard)
         y = self.product(x)

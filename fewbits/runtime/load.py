@@ -1,10 +1,11 @@
 """`load`: whatever the user calls a model, as an ordinary transformers model and its tokenizer.
 
 Dense models (a directory, a GGUF file, the embedded "demo", a hub id) are built without weights and given
-them tensor by tensor. In a quantized checkpoint (native or compressed-tensors) every quantized linear becomes
+them tensor by tensor. In a quantized checkpoint (any of `fewbits list checkpoints`) every quantized linear becomes
 a `QLinear` holding the very codes of the file, and is handed to the fastest kernel that takes it; nothing is
-rounded again. Experts that transformers keeps in fused 3-D parameters have no linear to stand in for: they
-are decoded into those parameters, and `Loaded.decoded` names them.
+rounded again. Experts that transformers keeps in fused 3-D parameters have no linear to stand in for, nor have
+quantized embeddings, and some files hold what none of our formats can say: those are decoded, and
+`Loaded.decoded` names them.
 
 Dtypes. On a CPU the default is float32: without bfloat16 instructions (AVX-512 BF16, AMX) torch multiplies
 bfloat16 matrices with many rows tens of times slower than float32 ones, and the 4-bit and 8-bit kernels cast
@@ -20,13 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fewbits.checkpoints import compressed_tensors, native
+from fewbits.checkpoints import native
 from fewbits.checkpoints.base import Source
+from fewbits.checkpoints.codecs import Dense, QuantizedModules, quantized_modules
 from fewbits.checkpoints.source import open_source
-from fewbits.core.errors import BadInput, Unsupported
-from fewbits.formats import Format, Quantized, hadamard
-from fewbits.formats.low_rank import LowRank
-from fewbits.formats.outliers import Outliers
+from fewbits.core.errors import BadInput
 from fewbits.models.skeleton import load_block, skeleton
 from fewbits.models.topology import Topology, find_topology
 from fewbits.models.walk import ExpertRef, blocks, linears
@@ -45,6 +44,7 @@ class Loaded:
     source: Source
     quantized: tuple[str, ...] = field(default=())  # modules that are QLinear now
     decoded: tuple[str, ...] = field(default=())  # quantized in the file, dense in memory
+    notes: tuple[str, ...] = field(default=())  # what of the file is not in memory, or not as it was
 
 
 def load(
@@ -74,8 +74,10 @@ def load_all(
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise BadInput(f"dtype {dtype}: hidden states are float32, bfloat16 or float16")
     tokenizer = source.load_tokenizer()
-    model, quantized, decoded = load_model(source, target, dtype)
-    return Loaded(model=model, tokenizer=tokenizer, source=source, quantized=quantized, decoded=decoded)
+    model, quantized, decoded, notes = load_model(source, target, dtype)
+    return Loaded(
+        model=model, tokenizer=tokenizer, source=source, quantized=quantized, decoded=decoded, notes=notes
+    )  # fmt: skip
 
 
 def default_dtype(source: Source, device: torch.device) -> torch.dtype:
@@ -87,107 +89,74 @@ def default_dtype(source: Source, device: torch.device) -> torch.dtype:
 
 def load_model(
     source: Source, device: torch.device, dtype: torch.dtype
-) -> tuple[PreTrainedModel, tuple[str, ...], tuple[str, ...]]:
-    """(model, names of its QLinears, names decoded to dense) of an opened source."""
+) -> tuple[PreTrainedModel, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """(model, names of its QLinears, names decoded to dense, notes) of an opened source."""
     config = source.config()
     packed = quantized_modules(source)
     model: Any = skeleton(config)
     topology = find_topology(config)
     disk = _disk_names(model, topology)
-    stray = sorted(set(packed.entries) - set(disk.values()))
-    if stray:
-        raise BadInput(
-            f"{source.path}: quantized module {stray[0]!r} is not in the {config.get('model_type')} model "
-            f"that config.json describes; {len(stray)} such modules"
-        )
-    replaced = {name: module for name, module in _linears(model) if disk[name] in packed.entries}
-    for name in replaced:
+    _check_modules(packed, model, disk, topology)
+    linears = {name: module for name, module in _linears(model) if disk[name] in packed.entries}
+    for name in linears:
         model.set_submodule(name, nn.Identity())
-    decoded = tuple(sorted(set(packed.entries) - {disk[name] for name in replaced}))
+    decoded = sorted(set(packed.entries) - {disk[name] for name in linears})
     load_block(model, "", _Decoding(source, packed, decoded), dtype=dtype, device=device, topology=topology)
-    for name, dense in replaced.items():
-        module = packed.qlinear(disk[name], _bias(source, disk[name], dense, dtype))
-        if (module.out_features, module.in_features) != (dense.out_features, dense.in_features):
-            raise BadInput(
-                f"{source.path}: {disk[name]} holds {module.out_features}x{module.in_features} weights; "
-                f"config.json asks for {dense.out_features}x{dense.in_features}"
-            )
-        model.set_submodule(name, module.to(device).prepack())
-    _finish(model, source, dtype, {name: model.get_submodule(name) for name in replaced})
-    return model, tuple(replaced), decoded
+    replaced, notes = {}, dict.fromkeys(packed.notes)
+    for name, dense in linears.items():
+        module = _module(packed, disk[name], dense, dtype)
+        model.set_submodule(name, module.to(device))
+        if isinstance(module, QLinear):
+            replaced[name] = module.prepack()
+        else:
+            decoded.append(disk[name])
+        notes |= dict.fromkeys(packed.notes)
+    _finish(model, source, dtype, replaced)
+    return model, tuple(replaced), tuple(sorted(decoded)), tuple(notes)
 
 
-class QuantizedModules:
-    """The quantized linears of a checkpoint, whichever format they are stored in, decoded one at a time."""
-
-    def __init__(self, source: Source, method: str | None, entries: dict[str, Any]) -> None:
-        self.source, self.method, self.entries = source, method, entries
-
-    def read(self, name: str) -> tuple[Quantized, Format | None]:
-        """(weight, activation format or None) of module `name`."""
-        try:
-            if self.method == native.QUANT_METHOD:
-                entry = self.entries[name]
-                return native.decode(self.source, name, entry.format, entry.shape), entry.activations
-            found = compressed_tensors.decode(self.source, name, self.entries[name])
-        except BadInput as error:
-            if name in str(error):
-                raise
-            raise BadInput(f"{self.source.path}: {name}: {error}") from error
-        return found.weight, found.activations
-
-    def input_hadamard(self, name: str) -> tuple[int, ...]:
-        """Orders of the Hadamard transform that the module's input goes through; none: it goes through none."""
-        orders: tuple[int, ...] = getattr(self.entries[name], "input_hadamard", ())
-        return orders
-
-    def residual(self, name: str) -> LowRank | None:
-        """What is added to what the codes stand for."""
-        return native.residual(self.source, name, self.entries[name]) if self.method == native.QUANT_METHOD else None
-
-    def outliers(self, name: str) -> Outliers | None:
-        """Which columns stay in 16 bits."""
-        return native.outliers(self.source, name, self.entries[name]) if self.method == native.QUANT_METHOD else None
-
-    def dense(self, name: str) -> Tensor:
-        """The weight of module `name`, residual included, for its input as it is, untransformed."""
-        weight, orders = self.read(name)[0].dequantize(), self.input_hadamard(name)
-        residual = self.residual(name)
-        weight = weight if residual is None else weight + residual.dense()
-        outliers = self.outliers(name)
-        weight = weight if outliers is None else outliers.dense(weight)
-        return hadamard.transform(weight, orders, inverse=True) if orders else weight
-
-    def qlinear(self, name: str, bias: Tensor | None) -> QLinear:
-        weight, activations = self.read(name)
-        return QLinear.from_quantized(
-            weight, bias, activations, self.input_hadamard(name), self.residual(name), self.outliers(name)
+def _check_modules(packed: QuantizedModules, model: Any, disk: dict[str, str], topology: Topology | None) -> None:
+    to_disk = topology.disk_name if topology else (lambda name: name)
+    parameters = {to_disk(name) for name, _ in model.named_parameters()}
+    known = set(disk.values())
+    stray = sorted(
+        name for name, entry in packed.entries.items() if name not in known and entry.tensor not in parameters
+    )
+    if stray:
+        kind = packed.source.config().get("model_type")
+        raise BadInput(
+            f"{packed.source.path}: quantized module {stray[0]!r} is not in the {kind} model that config.json "
+            f"describes; {len(stray)} such modules"
         )
 
 
-def quantized_modules(source: Source) -> QuantizedModules:
-    """What `source` has quantized; empty for a dense one. Unsupported for a method fewbits does not read."""
-    quantization = source.config().get("quantization_config")
-    if not quantization:
-        return QuantizedModules(source, None, {})
-    method = quantization.get("quant_method")
-    if method == native.QUANT_METHOD:
-        return QuantizedModules(source, method, dict(native.read_modules(quantization)))
-    if method == compressed_tensors.QUANT_METHOD:
-        return QuantizedModules(source, method, compressed_tensors.quantized_modules(source))
-    raise Unsupported(
-        f"{source.path}: quant_method {method!r} is not read by fewbits (it reads {native.QUANT_METHOD} and "
-        f"{compressed_tensors.QUANT_METHOD}); load it with transformers, or pass the original model"
-    )
+def _module(packed: QuantizedModules, name: str, dense: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    """The linear that stands where `dense` (without its values) was."""
+    found, bias = packed.read(name), _bias(packed.source, name, dense, dtype)
+    shape = tuple(found.value.shape) if isinstance(found, Dense) else found.shape
+    if shape != (dense.out_features, dense.in_features):
+        raise BadInput(
+            f"{packed.source.path}: {name} holds {'x'.join(map(str, shape))} weights; "
+            f"config.json asks for {dense.out_features}x{dense.in_features}"
+        )
+    if not isinstance(found, Dense):
+        return QLinear.from_quantized(
+            found.quantized(), bias, found.activations, found.input_hadamard, found.residual, found.outliers,
+            found.order,
+        )  # fmt: skip
+    dense.weight = nn.Parameter(found.dense(dtype), requires_grad=False)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias, requires_grad=False)
+    return dense
 
 
 class _Decoding:
     """A source in which the weights of `modules` are dense: decoded when asked for."""
 
-    def __init__(self, source: Source, packed: QuantizedModules, modules: tuple[str, ...]) -> None:
+    def __init__(self, source: Source, packed: QuantizedModules, modules: list[str]) -> None:
         self.path = source.path
         self._source, self._packed = source, packed
-        self._weights = {f"{module}.weight": module for module in modules}
+        self._weights = {packed.entries[module].tensor: module for module in modules}
 
     def names(self) -> list[str]:
         return sorted({*self._source.names(), *self._weights})
@@ -235,6 +204,7 @@ def _finish(model: Any, source: Source, dtype: torch.dtype, modules: dict[str, A
                 module.input_hadamard,
                 module.residual_spec,
                 module.outlier_spec,
+                module.input_order is not None,
             )
             for name, module in modules.items()
         }

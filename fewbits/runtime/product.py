@@ -54,7 +54,7 @@ def _quantized(module: QLinear, dtype: torch.dtype) -> Product:
     kernel = KERNELS.get(module.kernel)
     bound = kernel.bind(packed, spec) if module.outlier_spec is None else module.product
     apply = _corrected(bound, module)
-    apply = _biased(_transformed(apply, module.input_hadamard), module.bias)
+    apply = _biased(_ordered(_transformed(apply, module.input_hadamard), module.input_order), module.bias)
     return Product(apply, _input_dtype(kernel, spec, dtype), (module.out_features,))
 
 
@@ -65,6 +65,10 @@ def _input_dtype(kernel: Kernel, spec: LinearSpec, dtype: torch.dtype) -> torch.
 
 def _transformed(apply: Apply, orders: Sequence[int]) -> Apply:
     return (lambda x: apply(hadamard.transform(x, orders))) if orders else apply
+
+
+def _ordered(apply: Apply, order: Tensor | None) -> Apply:
+    return apply if order is None else (lambda x: apply(x.index_select(-1, order)))
 
 
 def _corrected(apply: Apply, module: QLinear) -> Apply:
@@ -132,7 +136,8 @@ def _joined(linears: Sequence[nn.Module], dtype: torch.dtype) -> Product | None:
 
 def _alone(linear: QLinear) -> bool:
     """Whether more is done than a product with the codes."""
-    return bool(linear.input_hadamard) or linear.residual_spec is not None or linear.outlier_spec is not None
+    moved = bool(linear.input_hadamard) or linear.input_order is not None
+    return moved or linear.residual_spec is not None or linear.outlier_spec is not None
 
 
 def _side_by_side(products: Sequence[Product]) -> Product:

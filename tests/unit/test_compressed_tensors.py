@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoints import compressed_tensors as codec
+from fewbits.checkpoints.codecs import Stored, quantized_modules
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.formats import Format, Quantized, parse_format
 
@@ -50,11 +51,12 @@ def test_round_trip_is_exact(name: str, activations: str | None) -> None:
     weight = quantized(format)
     config = codec.quantization_config(format, inputs, ["lm_head"])
     source: Any = FakeSource(codec.encode(weight, inputs), config)
-    modules = codec.quantized_modules(source)
-    assert list(modules) == ["m"]
-    again = codec.decode(source, "m", modules["m"])
-    assert torch.equal(again.weight.dequantize(), weight.dequantize())
-    assert again.weight.format.name == name
+    modules = quantized_modules(source)
+    assert list(modules.entries) == ["m"]
+    again = modules.read("m")
+    assert isinstance(again, Stored)
+    assert torch.equal(again.dense(), weight.dequantize())
+    assert again.format.name == name
     assert (again.activations and again.activations.name) == (inputs and inputs.name)
 
 
@@ -83,9 +85,11 @@ def test_block_formats_are_the_library_s(name: str, inputs: str) -> None:
     for rounded in (None, activations):
         stated = codec.quantization_config(format, rounded, ["lm_head"])
         source: Any = FakeSource(codec.encode(weight, rounded), stated)
-        again = codec.decode(source, "m", codec.quantized_modules(source)["m"])
-        assert torch.equal(again.weight.codes, weight.codes) and torch.equal(again.weight.scale, weight.scale)
-        assert again.weight.format == weight.format and again.activations == rounded
+        again = quantized_modules(source).read("m")
+        assert isinstance(again, Stored)
+        found = again.quantized()
+        assert torch.equal(found.codes, weight.codes) and torch.equal(found.scale, weight.scale)
+        assert found.format == weight.format and again.activations == rounded
     config = library.quantization.QuantizationConfig(**stated)
     scheme = config.config_groups["group_0"]
     preset = preset_name_to_scheme({"mxfp4": "MXFP4", "fp8_block": "FP8_BLOCK"}[name], ["Linear"])
@@ -136,7 +140,8 @@ def damaged(change: dict[str, Any]) -> Any:
         ({"tensors": {"weight_shape": torch.tensor([11, 96])}}, "does not hold 11 rows"),
         ({"tensors": {"weight_shape": torch.tensor([10, 900])}}, "packed rows"),
         ({"tensors": {"weight_shape": torch.tensor([10, -1])}}, "weight_shape"),
-        ({"tensors": {"weight_g_idx": torch.zeros(96)}}, "g_idx"),
+        ({"tensors": {"weight_g_idx": torch.zeros(96, dtype=torch.int32)}}, "g_idx"),
+        ({"group": {"targets": ["re:(a+)+$"]}}, "repeats a repetition"),
         ({"weights": {"num_bits": 9}}, "9-bit int per group is not read"),
         ({"weights": {"strategy": "block"}}, "is not read"),
         ({"group": {"targets": ["re:nothing"]}}, "no group of quantization_config names it"),
@@ -145,4 +150,4 @@ def damaged(change: dict[str, Any]) -> Any:
 def test_damaged_checkpoints_are_refused_by_name(change: dict[str, Any], message: str) -> None:
     source = damaged(change)
     with pytest.raises(BadInput, match=message):
-        codec.decode(source, "m", codec.quantized_modules(source)["m"])
+        quantized_modules(source).read("m")

@@ -51,6 +51,45 @@ def test_a_dense_directory(dense_directory) -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("gptq", "int4-g32"), ("gptq_v2", "int4-asym-g32"), ("awq", "int4-asym-g32"), ("bitsandbytes", "nf4-g64-dq")],
+)
+def test_checkpoints_of_others(tmp_path, kind: str, name: str) -> None:
+    format = parse_format(name).with_scale_dtype(torch.float16)
+    original = tiny_llama(intermediate_size=192)
+    weights = quantized_weights(original, format)
+    directory = write_quantized(tmp_path / kind, original, weights, kind=kind)
+    loaded = load_all(directory)
+    assert len(loaded.quantized) == len(weights) and not loaded.decoded and not loaded.notes
+    for path, module in qlinears(loaded.model):
+        assert torch.equal(module.dequantize(), weights[path].dequantize())
+    # Kernels for 4 bits round x to 8 bits.
+    assert sqnr_db(logits(dense_twin(original, weights)), logits(loaded.model)) > 30
+
+
+def test_act_order_is_a_gather_of_the_input(tmp_path) -> None:
+    format = parse_format("int4-g32").with_scale_dtype(torch.float16)
+    original = tiny_llama(intermediate_size=192)
+    linears, order = block_linears(original), {}
+    for name, linear in linears.items():
+        # a permutation as files say it: sorted within each group
+        shuffled = torch.randperm(linear.in_features, generator=torch.Generator().manual_seed(len(name)))
+        order[name] = torch.cat([part.sort().values for part in shuffled.split(32)])
+    weights = {name: format.quantize(linear.weight.detach()[:, order[name]]) for name, linear in linears.items()}
+    directory = write_quantized(tmp_path / "gptq", original, weights, kind="gptq", order=order)
+    model, _ = load(directory)
+    assert all(module.input_order is not None for _, module in qlinears(model))
+    for name, weight in weights.items():
+        linears[name].weight.data[:, order[name]] = weight.dequantize()
+    assert sqnr_db(logits(original), logits(model)) > 30
+    model.save_pretrained(tmp_path / "again")  # native, version 5
+    byte_tokenizer().save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["version"] == 5
+    again, _ = load(tmp_path / "again")
+    assert torch.equal(logits(again), logits(model))
+
+
 def test_dtype(dense_directory) -> None:
     model, _ = load(dense_directory, dtype=torch.bfloat16)
     assert model.dtype == model.config.dtype == torch.bfloat16
@@ -189,7 +228,7 @@ def first_module(config):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda c: c["quantization_config"].update(quant_method="awq"), "awq"),
+        (lambda c: c["quantization_config"].update(quant_method="aqlm"), "aqlm"),
         (lambda c: c["quantization_config"].update(version=99), "upgrade fewbits"),
         (
             lambda c: c["quantization_config"]["modules"].update({"model.nowhere": first_module(c)}),

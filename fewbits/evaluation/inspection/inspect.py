@@ -12,6 +12,7 @@ import torch
 
 from fewbits.calibration.data import TextSpec, TokenSet, pack, read_texts
 from fewbits.checkpoints.base import Source
+from fewbits.checkpoints.codecs import Dense, quantized_modules
 from fewbits.checkpoints.source import open_source
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.core.progress import OnProgress
@@ -23,7 +24,6 @@ from fewbits.evaluation.inspection.sizes import sizes
 from fewbits.evaluation.studies.record import Record, record
 from fewbits.models.walk import ExpertRef, Ref, linears
 from fewbits.pipeline.shell import ModelShell, check_vocabulary
-from fewbits.runtime.load import quantized_modules
 
 SAMPLES, SEQUENCE_LENGTH = 4, 192  # two minutes for the embedded model on 2 cores
 MAX_LOSS = 0.05
@@ -133,8 +133,12 @@ def _quantized(source: Source) -> dict[str, Any] | None:
         return {"method": method, "modules": None, "formats": {}, "note": str(error)}
     formats: Counter[str] = Counter()
     for name in packed.entries:
-        weight, activations = packed.read(name)
-        formats[weight.format.name + (f", activations {activations.name}" if activations else "")] += 1
+        found = packed.read(name)
+        if isinstance(found, Dense):
+            formats[found.note] += 1
+        else:
+            inputs = f", activations {found.activations.name}" if found.activations else ""
+            formats[found.format.name + inputs] += 1
     return {"method": method, "modules": len(packed.entries), "formats": dict(formats.most_common()), "note": ""}
 
 

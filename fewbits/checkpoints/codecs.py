@@ -1,0 +1,258 @@
+"""Checkpoint formats of quantized models: one file each, one line in `CODECS`.
+
+A codec turns what a file stores for a linear into a `Stored`: one of our formats and its canonical tensors, the
+codes still packed. Writing goes the other way. So n formats need n codecs and not n x n converters, and a conversion
+is exact whenever reader and writer speak of the same format. What none of our formats can say comes as `Dense`, with
+a note on how it was rounded; what a codec cannot write it refuses with the reason.
+
+Codecs read through a `Source`, tensor by tensor. They take shapes from tensors, not from JSON, wherever the tensors
+tell; what JSON alone tells is checked against them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.checkpoints.base import Source
+from fewbits.core.errors import BadInput, Unsupported
+from fewbits.core.registry import Registry
+from fewbits.formats import Format, Quantized, hadamard
+from fewbits.formats import bits as packing
+from fewbits.formats.low_rank import LowRank, LowRankSpec
+from fewbits.formats.outliers import Outliers, OutlierSpec
+from fewbits.formats.scales import State
+
+CODECS = Registry(
+    "checkpoint format",
+    {
+        "native": "fewbits.checkpoints.native:CODEC",
+        "compressed-tensors": "fewbits.checkpoints.compressed_tensors:CODEC",
+        "gptq": "fewbits.checkpoints.gptq:V1",
+        "gptq_v2": "fewbits.checkpoints.gptq:V2",
+        "awq": "fewbits.checkpoints.awq:CODEC",
+        "bitsandbytes": "fewbits.checkpoints.bitsandbytes:CODEC",
+    },
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A quantized weight [out, in] as canonical tensors (`Quantized.to_state`), and what its input goes through.
+
+    activations: the format the input is rounded to as the model runs.  order: int64 [in], the input channel that each
+    column of the weight multiplies; None: they are in order.  input_hadamard: see formats/hadamard.py.
+    residual: added to what the codes stand for.  outliers: columns that stay in 16 bits.
+    note: what of the file is not here, to be told to the user.
+    """
+
+    format: Format
+    shape: tuple[int, int]
+    state: State
+    activations: Format | None = None
+    order: Tensor | None = None
+    input_hadamard: tuple[int, ...] = ()
+    residual: LowRank | None = None
+    outliers: Outliers | None = None
+    note: str = ""
+
+    def quantized(self) -> Quantized:
+        """The weight with its codes unpacked; its columns are in `order`."""
+        return Quantized.from_state(self.format, self.shape, self.state)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that multiplies the input as it comes, untransformed and in order."""
+        value = self.quantized().dequantize()
+        if self.residual is not None:
+            value = value + self.residual.dense()
+        if self.outliers is not None:
+            value = self.outliers.dense(value)
+        if self.input_hadamard:
+            value = hadamard.transform(value, self.input_hadamard, inverse=True)
+        if self.order is not None:
+            value = torch.empty_like(value).index_copy_(1, self.order, value)
+        return value.to(dtype)
+
+    @property
+    def layer(self) -> Layer:
+        return Layer(format=self.format, shape=self.shape, activations=self.activations,
+                     ordered=self.order is not None, input_hadamard=self.input_hadamard,
+                     residual=None if self.residual is None else self.residual.spec,
+                     outliers=None if self.outliers is None else self.outliers.spec)  # fmt: skip
+
+    @property
+    def plain(self) -> bool:
+        """Whether the codes alone say what the layer does to its input."""
+        ordinary = self.activations is None and self.order is None and not self.input_hadamard
+        return ordinary and self.residual is None and self.outliers is None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dense:
+    """A weight that none of our formats can say exactly: decoded. note: why, and how it was rounded."""
+
+    value: Tensor
+    note: str
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.value.to(dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What a configuration says of one quantized linear."""
+
+    format: Format
+    shape: tuple[int, int]
+    activations: Format | None = None
+    ordered: bool = False
+    input_hadamard: tuple[int, ...] = ()
+    residual: LowRankSpec | None = None
+    outliers: OutlierSpec | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A quantized matrix found in a source. parts: the tensors it consists of.  about: what its codec needs to know.
+
+    tensor: the name of the dense tensor that the model has in its place.
+    """
+
+    tensor: str
+    parts: tuple[str, ...]
+    about: Any = None
+
+
+class Codec:
+    """One checkpoint format. A codec that only reads leaves the second half as it is here."""
+
+    holds = ""  # a line for `fewbits list checkpoints`
+    writes = False
+
+    def claims(self, quantization: dict[str, Any]) -> bool:
+        """Whether a `quantization_config` is of this format."""
+        raise NotImplementedError
+
+    def entries(self, source: Source) -> dict[str, Entry]:
+        """Module name -> its entry, for every quantized matrix of `source`; reads no weights."""
+        raise NotImplementedError
+
+    def read(self, source: Source, module: str, entry: Entry) -> Stored | Dense:
+        raise NotImplementedError
+
+    def refuses(self, stored: Stored) -> str | None:
+        """Why this format cannot hold `stored` exactly, or None if it can."""
+        return "fewbits reads this format and does not write it"
+
+    def nearest(self, layer: Layer) -> Format:
+        """The format to round a weight to that this codec cannot hold as it is. Unsupported if there is none."""
+        raise Unsupported("fewbits reads this format and does not write it")
+
+    def encode(self, stored: Stored) -> dict[str, Tensor]:
+        """The tensors of one linear, by suffix of the module's name."""
+        raise NotImplementedError
+
+    def quantization(self, layers: Mapping[str, Layer], dense: Iterable[str]) -> dict[str, Any]:
+        """What to add to config.json for these quantized linears and those left dense."""
+        raise NotImplementedError
+
+
+def find_codec(source: Source) -> tuple[str, Codec] | None:
+    """(name, codec) of a quantized source; None for a dense one, Unsupported for a format fewbits does not read."""
+    config = source.config()
+    quantization = config.get("quantization_config") or config.get("quantization")
+    if not quantization:
+        return None
+    if not isinstance(quantization, dict):
+        raise BadInput(f"{source.path}: quantization_config is a {type(quantization).__name__}; an object is expected")
+    for name, codec in CODECS.items():
+        if codec.claims(quantization):
+            return name, codec
+    raise Unsupported(
+        f"{source.path}: quant_method {quantization.get('quant_method')!r} is not read by fewbits (it reads "
+        f"{', '.join(CODECS)}); load it with transformers, or pass the original model"
+    )
+
+
+class QuantizedModules:
+    """The quantized matrices of a checkpoint, whichever format they are stored in, read one at a time."""
+
+    def __init__(self, source: Source, name: str | None = None, codec: Codec | None = None) -> None:
+        self.source, self.name, self._codec = source, name, codec
+        self.entries: dict[str, Entry] = {} if codec is None else codec.entries(source)
+        self.notes: list[str] = []  # what the modules read so far left behind
+
+    def read(self, module: str) -> Stored | Dense:
+        """Module `module` as its file holds it; BadInput with its name where the file is damaged."""
+        assert self._codec is not None
+        try:
+            found = self._codec.read(self.source, module, self.entries[module])
+            if isinstance(found, Stored):
+                _check(found)
+            elif not bool(torch.isfinite(found.value).all()):
+                raise BadInput("holds values that are NaN or infinite: the checkpoint is damaged")
+            if found.note and found.note not in self.notes:
+                self.notes.append(found.note)
+        except BadInput as error:
+            if module in str(error):
+                raise
+            raise type(error)(f"{self.source.path}: {module}: {error}") from error
+        return found
+
+    def dense(self, module: str) -> Tensor:
+        """The weight of `module` for its input as it is, float32."""
+        return self.read(module).dense()
+
+
+def quantized_modules(source: Source) -> QuantizedModules:
+    """What `source` has quantized; empty for a dense one. Unsupported for a method fewbits does not read."""
+    found = find_codec(source)
+    return QuantizedModules(source) if found is None else QuantizedModules(source, *found)
+
+
+def _check(stored: Stored) -> None:
+    for name, (shape, dtype) in stored.format.layout(stored.shape).items():
+        if name not in stored.state:
+            raise BadInput(f"{name} is missing: the checkpoint is damaged")
+        tensor = stored.state[name]
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise BadInput(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}; {stored.format.name} on {stored.shape} has "
+                f"{dtype} {shape}: the checkpoint is damaged"
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            raise BadInput(f"{name} holds NaN or infinite values: the checkpoint is damaged")
+    order = stored.order
+    if order is not None and not torch.equal(order.sort().values, torch.arange(stored.shape[1])):
+        raise BadInput(f"the order of its input channels is no permutation of {stored.shape[1]}")
+
+
+def group_name(width: int, columns: int) -> str:
+    """The part of a format's name that says which columns share a scale."""
+    return "channel" if width >= columns else f"g{width}"
+
+
+def reorder_columns(packed: Tensor, bits: int, order: Tensor) -> Tensor:
+    """Canonical rows with column c taken from column order[c]."""
+    return packing.pack(packing.unpack(packed, bits, len(order)).index_select(1, order), bits)
+
+
+def tensor_named(source: Source, name: str, rank: int, *dtypes: torch.dtype) -> Tensor:
+    """Tensor `name`; BadInput unless it has `rank` dimensions and one of `dtypes`."""
+    tensor = source.tensor(name)
+    if tensor.dim() != rank or tensor.dtype not in dtypes:
+        allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise BadInput(f"{name}: {tensor.dtype} {tuple(tensor.shape)}; {allowed} of {rank} dimensions is expected")
+    return tensor
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def modules_with(names: Iterable[str], suffix: str) -> list[str]:
+    """The modules that have a tensor called `suffix`."""
+    return [name.removesuffix(f".{suffix}") for name in names if name.endswith(f".{suffix}")]

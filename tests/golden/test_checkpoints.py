@@ -1,0 +1,90 @@
+"""Linears that other libraries wrote (make_checkpoints.py) decode to what those libraries decode, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewbits.checkpoints.codecs import CODECS, Dense, quantized_modules
+from fewbits.checkpoints.safetensors_file import SafetensorsFile
+from fewbits.checkpoints.words import nibbles, translate
+
+FOLDER = Path(__file__).parent / "checkpoints"
+
+
+class Case:
+    """One linear of a fixture as a source that holds nothing else."""
+
+    path = "golden"
+
+    def __init__(self, file: SafetensorsFile, case: str) -> None:
+        self.file, self.case = file, case
+        self.about: dict[str, Any] = json.loads(file.metadata["cases"])[case]
+        self.expected = file.tensor(f"{case}/expected")
+
+    def names(self) -> list[str]:
+        start = f"{self.case}/"
+        return sorted(name.removeprefix(start) for name in self.file.names() if name.startswith(f"{start}m"))
+
+    def tensor(self, name: str) -> Tensor:
+        return self.file.tensor(f"{self.case}/{name}")
+
+    def config(self) -> dict[str, Any]:
+        return self.about if "quantization" in self.about else {"quantization_config": self.about}
+
+
+def cases() -> list[Any]:
+    found = []
+    for path in sorted(FOLDER.glob("*.safetensors")):
+        file = SafetensorsFile(path)
+        found += [pytest.param(file, case, id=f"{path.stem}-{case}") for case in json.loads(file.metadata["cases"])]
+    return found
+
+
+def ulps(a: Tensor, b: Tensor) -> int:
+    """The largest distance in float32 numbers; minus zero is zero."""
+    ordered = [torch.where(x < 0, -(x.abs().view(torch.int32)), x.abs().view(torch.int32)) for x in (a, b)]
+    return int((ordered[0].long() - ordered[1].long()).abs().max())
+
+
+# Where another rounding is stated: SCB / 127 is rounded here, q * SCB there.
+LAST_BITS = {"bitsandbytes-int8": 2}
+
+
+@pytest.mark.parametrize(("file", "case"), cases())
+def test_values_are_the_librarys(file: SafetensorsFile, case: str) -> None:
+    source: Any = Case(file, case)
+    modules = quantized_modules(source)
+    (module,) = modules.entries
+    found = modules.read(module)
+    value = found.dense()
+    assert value.shape == source.expected.shape
+    assert ulps(value, source.expected) <= LAST_BITS.get(f"{file.path.stem}-{case}", 0)
+
+
+@pytest.mark.parametrize(("file", "case"), cases())
+def test_what_can_be_written_is_the_librarys_bytes(file: SafetensorsFile, case: str) -> None:
+    source: Any = Case(file, case)
+    modules = quantized_modules(source)
+    (module,) = modules.entries
+    found = modules.read(module)
+    assert modules.name is not None
+    codec = CODECS.get(modules.name)
+    if isinstance(found, Dense) or not codec.writes or codec.refuses(found) is not None:
+        pytest.skip("read only")
+    if source.about.get("checkpoint_format") == "gptq_p":
+        pytest.skip("planes are written as words")
+    signed_zero = "weight" if "fp4" in case and modules.name == "bitsandbytes" else None
+    for suffix, tensor in codec.encode(found).items():
+        if "quant_state" not in suffix:
+            name = f"{module}.{suffix}"
+            assert name in source.names(), name
+            theirs = source.tensor(name)
+            if signed_zero and suffix == signed_zero:
+                theirs = translate(theirs, nibbles((*range(8), 0, *range(9, 16))))
+            assert torch.equal(tensor, theirs), name
