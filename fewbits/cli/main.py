@@ -9,6 +9,7 @@ import typer
 import fewbits
 from fewbits.cli.boundary import DEBUG
 from fewbits.cli.chat import chat
+from fewbits.cli.convert import convert
 from fewbits.cli.demo import demo
 from fewbits.cli.evaluate import evaluate
 from fewbits.cli.generate import generate
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command("inspect")(inspect)
 app.command("plan")(plan)
 app.command("quantize")(quantize)
+app.command("convert")(convert)
 app.command("eval")(evaluate)
 app.command("report")(report)
 app.command("generate")(generate)

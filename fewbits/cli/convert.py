@@ -1,0 +1,79 @@
+"""fewbits convert SRC --to X -o OUT"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewbits.cli.boundary import guarded
+from fewbits.cli.console import message, print_json, print_table
+from fewbits.cli.progress import ProgressBar
+from fewbits.core.errors import BadInput
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@guarded()
+def convert(
+    model: Annotated[str, typer.Argument(metavar="SRC", help="A quantized checkpoint: a directory or hub id.")],
+    to: Annotated[
+        str, typer.Option(metavar="FORMAT", help="Checkpoint format, of `fewbits list checkpoints`, or dense.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="New directory.")],
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Round again what the format cannot hold, and state the error.")
+    ] = False,
+    dtype: Annotated[str | None, typer.Option(help=f"Of what becomes dense: {', '.join(DTYPES)}.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the account as JSON.")] = False,
+) -> None:
+    """A quantized checkpoint in another format; lossless where the formats share their numbers, else refused."""
+    import torch
+
+    from fewbits.pipeline.convert import convert as run
+
+    if dtype is not None and dtype not in DTYPES:
+        raise BadInput(f"--dtype {dtype}: allowed: {', '.join(DTYPES)}")
+    with ProgressBar() as bar:
+        done = run(
+            model, to, out, requantize=requantize, dtype=getattr(torch, dtype) if dtype else None, progress=bar
+        )  # fmt: skip
+    if as_json:
+        print_json(done.to_dict())
+        return
+    kinds = Counter((layer.before, layer.after, layer.action) for layer in done.layers)
+    worst = {
+        kind: min(
+            (layer.sqnr_db for layer in done.layers if layer.sqnr_db is not None and _kind(layer) == kind), default=None
+        )
+        for kind in kinds
+    }
+    rows = [
+        (
+            before,
+            after,
+            action,
+            str(count),
+            "-" if (error := worst[before, after, action]) is None else f"{error:.1f} dB",
+        )
+        for (before, after, action), count in kinds.items()
+    ]
+    print_table(("from", "to", "what happened", "layers", "least SQNR"), rows)
+    if any(layer.sqnr_db is not None for layer in done.layers):
+        print_table(
+            ("layer", "what happened", "SQNR"),
+            [
+                (layer.name, layer.action, f"{layer.sqnr_db:.1f} dB")
+                for layer in done.layers
+                if layer.sqnr_db is not None
+            ],
+        )
+    for note in done.notes:
+        message(note)
+    message(f"{done.format} -> {done.to}: {done.bytes / 1e6:.1f} MB in {done.seconds:.1f} s; {done.out}")
+
+
+def _kind(layer: object) -> tuple[str, str, str]:
+    return layer.before, layer.after, layer.action  # type: ignore[attr-defined]
