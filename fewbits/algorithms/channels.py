@@ -150,20 +150,28 @@ def _sibling(block: Block, ref: Ref, kind: str) -> Ref | None:
     return None
 
 
-def rounded_loss(stages: Sequence[Stage], block: Block, s: Tensor | None) -> float:
-    """Squared error of the outputs of `stages` with x / s and W * s both rounded, over the sampled inputs."""
-    assert block.activations is not None
-    total = 0.0
-    for stage in stages:
-        rows = stage.inputs.rows
-        assert rows is not None
-        factor = torch.ones((), device=rows.device) if s is None else s
-        rounded = round_rows(rows / factor, block.activations)
-        for ref in stage.refs:
-            weight = ref.weight.float()
-            smoothed = block.format_of(ref).quantize(weight * factor, ref.name).dequantize()
-            total += float((rows @ weight.t() - rounded @ smoothed.t()).square().sum(dtype=torch.float64))
-    return total
+class RoundedLoss:
+    """Squared error of the outputs of `stages` with x / s and W * s both rounded, over the sampled inputs x."""
+
+    def __init__(self, stages: Sequence[Stage], block: Block) -> None:
+        self._block = block
+        self._parts: list[tuple[Tensor, list[tuple[Ref, Tensor, Tensor]]]] = []
+        for stage in stages:
+            rows = stage.inputs.rows
+            assert rows is not None
+            weights = [(ref, ref.weight.float()) for ref in stage.refs]
+            self._parts.append((rows, [(ref, weight, rows @ weight.t()) for ref, weight in weights]))
+
+    def __call__(self, s: Tensor | None) -> float:
+        assert self._block.activations is not None
+        total = 0.0
+        for rows, parts in self._parts:
+            factor = torch.ones((), device=rows.device) if s is None else s
+            rounded = round_rows(rows / factor, self._block.activations)
+            for ref, weight, exact in parts:
+                smoothed = self._block.format_of(ref).quantize(weight * factor, ref.name).dequantize()
+                total += float((exact - rounded @ smoothed.t()).square().sum(dtype=torch.float64))
+        return total
 
 
 def row_parameters(weights: Sequence[Tensor]) -> Tensor:

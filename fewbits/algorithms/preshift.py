@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fewbits.algorithms.base import Block, Transformed
-from fewbits.algorithms.channels import Scalable, rounded_loss, scalables
+from fewbits.algorithms.channels import RoundedLoss, Scalable, scalables
 from fewbits.core.errors import BadInput
 from fewbits.formats import Format
 
@@ -72,11 +72,12 @@ class PreShift:
         largest = torch.stack([stage.inputs.rows.abs().amax(0) for stage in seen if stage.inputs.rows is not None])
         reach = place.tie(largest.amax(0))
         limit = self.limit or shift_limit(block.activations)
-        best: tuple[float, Tensor | None] = (rounded_loss(seen, block, None), None)
+        of = RoundedLoss(seen, block)
+        best: tuple[float, Tensor | None] = (of(None), None)
         tried = [shifts(reach, step / 2, limit) for step in range(self.steps)]
         for k in tried:
             if bool(k.any()):
-                loss = rounded_loss(seen, block, torch.exp2(-k))
+                loss = of(torch.exp2(-k))
                 if loss < best[0]:
                     best = loss, k
         return best[1]

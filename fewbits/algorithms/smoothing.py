@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fewbits.algorithms.base import Block, Stage, Transformed
-from fewbits.algorithms.channels import Scalable, rounded_loss, scalables
+from fewbits.algorithms.channels import RoundedLoss, Scalable, scalables
 from fewbits.core.errors import BadInput
 
 _SMALLEST = 1e-5  # of a column's magnitude and of a scale
@@ -96,11 +96,12 @@ class SmoothQuant:
         if self.alpha is not None:
             return self.alpha, _shared(place, seen, self.alpha)
         sampled = [stage for stage in seen if stage.inputs.rows is not None and len(stage.inputs.rows)]
-        least, found = rounded_loss(sampled, block, None), (0.0, None)
+        of = RoundedLoss(sampled, block)
+        least, found = of(None), (0.0, None)
         for step in range(self.steps + 1):
             alpha = step / self.steps
             s = _shared(place, seen, alpha)
-            loss = rounded_loss(sampled, block, s)
+            loss = of(s)
             if loss < least:
                 least, found = loss, (alpha, s)
         return found

@@ -9,7 +9,7 @@ import torch
 from test_awq import NAMES, first_block
 
 from fewbits.algorithms.base import proxy_loss
-from fewbits.algorithms.channels import rounded_loss, scalables
+from fewbits.algorithms.channels import RoundedLoss, scalables
 from fewbits.algorithms.compose import compose
 from fewbits.algorithms.llm_fp4 import LLMFP4
 from fewbits.algorithms.preshift import PreShift, shift_limit, shifts
@@ -161,7 +161,7 @@ def test_shifts_are_taken_where_channels_differ() -> None:
     place = next(iter(scalables(block)))
     k = PreShift().best(place, block)
     assert k is not None and set(k[::7].tolist()) == {0.0} and float(k.max()) <= 3
-    assert rounded_loss(place.stages, block, torch.exp2(-k)) < 0.7 * rounded_loss(place.stages, block, None)
+    assert RoundedLoss(place.stages, block)(torch.exp2(-k)) < 0.7 * RoundedLoss(place.stages, block)(None)
     changed = PreShift().apply(block).changed
     assert any("norm" in name for name in changed)
     assert float((run(ids) - before).norm() / before.norm()) < 1e-12

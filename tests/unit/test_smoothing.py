@@ -12,7 +12,7 @@ from test_awq import first_block
 from test_pipeline import run as quantized
 from tiny_runtime_models import byte_tokenizer, llama_with_outliers
 
-from fewbits.algorithms.channels import rounded_loss, scalables
+from fewbits.algorithms.channels import RoundedLoss, scalables
 from fewbits.algorithms.compose import compose
 from fewbits.algorithms.smoothing import SmoothQuant, smoothing_scales
 from fewbits.core.errors import BadInput
@@ -86,10 +86,11 @@ def test_the_search_takes_the_least_error() -> None:
     for place in scalables(block):
         alpha, s = SmoothQuant().best(place, block)
         assert s is not None and float(s[5]) > 2 * float(s.median())
-        least = rounded_loss(place.stages, block, s)
-        assert least < 0.7 * rounded_loss(place.stages, block, None)
+        of = RoundedLoss(place.stages, block)
+        least = of(s)
+        assert least < 0.7 * of(None)
         others = [SmoothQuant(alpha=step / 10).best(place, block)[1] for step in range(11)]
-        assert least == min(rounded_loss(place.stages, block, other) for other in others) and 0 <= alpha <= 1
+        assert least == min(of(other) for other in others) and 0 <= alpha <= 1
 
 
 def test_only_behind_norms_as_in_the_paper() -> None:
