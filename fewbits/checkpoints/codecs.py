@@ -47,6 +47,7 @@ class Stored:
     activations: the format the input is rounded to as the model runs.  order: int64 [in], the input channel that each
     column of the weight multiplies; None: they are in order.  input_hadamard: see formats/hadamard.py.
     residual: added to what the codes stand for.  outliers: columns that stay in 16 bits.
+    inputs: what static activations are rounded with (formats/rows.py).
     note: what of the file is not here, to be told to the user.
     """
 
@@ -58,6 +59,7 @@ class Stored:
     input_hadamard: tuple[int, ...] = ()
     residual: LowRank | None = None
     outliers: Outliers | None = None
+    inputs: State = dataclasses.field(default_factory=dict)
     note: str = ""
 
     def quantized(self) -> Quantized:

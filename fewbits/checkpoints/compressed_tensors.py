@@ -6,6 +6,7 @@ Per quantized linear, by `format` (compressed-tensors 0.20, compressors/):
   `weight_zero_point` int32 packed the same way along the *output* dimension, [ceil(out*b/32), G].
 - int-quantized: `weight` int8 [out, in], `weight_scale` [out, 1].
 - float-quantized: `weight` float8_e4m3fn [out, in], `weight_scale` [out, 1] or [1].
+- activations with one static scale: `input_scale` [1]; asymmetric: `input_zero_point` int8 [1], for levels from -128.
 - what scales blocks otherwise (MXFP4, MXFP8, NVFP4, FP8 tiles): compressed_blocks.py.
 
 A row of 32-bit words read as bytes is fewbits' canonical packing padded to whole words, and the offset
@@ -31,7 +32,7 @@ from fewbits.core.errors import Unsupported
 from fewbits.formats import Format, Quantized, parse_format
 from fewbits.formats import bits as packing
 from fewbits.formats.elements import ELEMENTS, UNSIGNED
-from fewbits.formats.scales import PlainScale
+from fewbits.formats.scales import PlainScale, State
 
 QUANT_METHOD = "compressed-tensors"
 _VERSION = "0.20.0"
@@ -61,8 +62,15 @@ def refuses(format: Format, activations: Format | None, shape: tuple[int, int]) 
         and (scaling.zero_point or scaling.block == "group")
     ):
         return "int-quantized holds symmetric weights per channel or tensor"
-    if activations is not None and activations.scaling.block != "token":
-        return f"activations as {activations.name} are not dynamic per token"
+    return None if activations is None else _refuses_activations(activations)
+
+
+def _refuses_activations(activations: Format) -> str | None:
+    scaling = activations.scaling
+    if scaling.sinks:
+        return "it has one scale for all tokens, or one for each"
+    if scaling.block not in ("token", "tensor"):
+        return f"activations as {activations.name} have several scales in a token"
     return None
 
 
@@ -96,7 +104,7 @@ def _arguments(format: Format, *, dynamic: bool) -> dict[str, Any]:
         "num_bits": format.bits,
         "type": "float" if format.grid.kind == "float" else "int",
         "symmetric": not format.scaling.zero_point,
-        "strategy": "token" if dynamic else _strategy(format),
+        "strategy": format.scaling.block if dynamic else _strategy(format),
         "group_size": format.scaling.group_size,
         "dynamic": dynamic,
         "actorder": None,
@@ -143,22 +151,38 @@ def _group(format: Format, activations: Format | None, targets: list[str]) -> di
     return {
         "targets": targets,
         "weights": _arguments(format, dynamic=False),
-        "input_activations": None if activations is None else _arguments(activations, dynamic=True),
+        "input_activations": (
+            None if activations is None else _arguments(activations, dynamic=not activations.scaling.static)
+        ),
         "output_activations": None,
         "format": layout(format, activations),
     }
 
 
-def encode(weight: Quantized, activations: Format | None) -> dict[str, Tensor]:
-    """The tensors of one linear, by suffix. Raises Unsupported where `refuses` gives a reason."""
+def encode(weight: Quantized, activations: Format | None, inputs: State | None = None) -> dict[str, Tensor]:
+    """The tensors of one linear, by suffix; inputs: the static parameters of its activations (formats/rows.py).
+
+    Raises Unsupported where `refuses` gives a reason.
+    """
     reason = refuses(weight.format, activations, weight.shape)
     if reason is not None:
         raise Unsupported(f"compressed-tensors cannot hold {weight.format.name}: {reason}; use the native format")
     state = weight.to_state()
-    return _tensors(Stored(format=weight.format, shape=weight.shape, state=state, activations=activations))
+    held = Stored(format=weight.format, shape=weight.shape, state=state, activations=activations, inputs=inputs or {})
+    return _tensors(held)
 
 
 def _tensors(stored: Stored) -> dict[str, Tensor]:
+    inputs = {}
+    if "input_scale" in stored.inputs:
+        dtype = stored.state["scale"].dtype
+        inputs["input_scale"] = stored.inputs["input_scale"].reshape(1).to(dtype)
+    if "input_zero" in stored.inputs:
+        inputs["input_zero_point"] = (stored.inputs["input_zero"].reshape(1) ^ 128).view(torch.int8)
+    return {**_weight_tensors(stored), **inputs}
+
+
+def _weight_tensors(stored: Stored) -> dict[str, Tensor]:
     format, codes, scale = stored.format, stored.state["codes"], stored.state["scale"]
     kind = layout(format, stored.activations)
     scale = scale.reshape(1) if format.scaling.block == "tensor" else scale

@@ -6,7 +6,8 @@ since May 2026 codes of 3, 5, 6 and 7 bits cross word borders, ceil(in*b/32) wor
 same number of words the newer layout is meant. `weight_g_idx`, in files of the versions that had it, is read as an
 order of the input channels.
 
-Scales of activations found by calibration are not used: activations are rounded per token, with scales of their own.
+Activations with one scale per tensor from calibration are read with it, where the file holds it. Where it does not,
+and for the global scales of NVFP4, activations are rounded per token, with scales of their own.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from fewbits.checkpoints.words import from_e2m1, from_e4m3, from_words
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.formats import Format, parse_format
 from fewbits.formats import bits as packing
+from fewbits.formats.rows import check_inputs, input_layout
+from fewbits.formats.scales import State
 
 _SUFFIXES = (
     *("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
@@ -84,8 +87,8 @@ def _format_of(arguments: dict[str, Any], *, where: str, inputs: bool = False) -
     element = _ELEMENTS.get((str(kind), bits)) if isinstance(bits, int) else None
     if name := blocks.format_name(arguments, inputs=inputs):
         return parse_format(name)
-    if inputs and strategy in ("tensor", "channel"):
-        strategy = "token"  # a scale of its own per token is never worse than one of all
+    if inputs and strategy == "channel":
+        strategy = "token"
     if element is None or strategy not in ("tensor", "channel", "group", "token"):
         raise Unsupported(
             f"{where}: {bits}-bit {kind} per {strategy} is not read by fewbits; load it with vLLM or transformers"
@@ -103,7 +106,11 @@ def read(source: Source, module: str, entry: Entry) -> Stored:
     format = _format_of(group["weights"], where=module)
     inputs, notes = group.get("input_activations"), []
     activations = _format_of(inputs, where=f"{module} activations", inputs=True) if isinstance(inputs, dict) else None
-    if activations is not None and present & {"input_scale", "input_global_scale"}:
+    if activations is not None and activations.scaling.block == "tensor" and not inputs.get("dynamic"):
+        # A scale of its own per token is never worse than one that is not there.
+        scaled = "input_scale" in present
+        activations = parse_format(f"{activations.name}-static" if scaled else _per_token(activations))
+    elif activations is not None and present & {"input_scale", "input_global_scale"}:
         notes.append("calibrated scales of activations are not used: each token has its own")
     if "weight_packed" in present and format.grid.kind != "float":
         shape, state, order = _integers(source, module, present, format)
@@ -120,8 +127,28 @@ def read(source: Source, module: str, entry: Entry) -> Stored:
     if "scale_divisor" in format.layout(shape):
         state["scale_divisor"] = _tensor(source, f"{module}.weight_global_scale").reshape(-1).float()
     return Stored(
-        format=format, shape=shape, state=state, activations=activations, order=order, note="; ".join(notes)
+        format=format, shape=shape, state=state, activations=activations, order=order, note="; ".join(notes),
+        inputs=_static(source, module, activations, shape[1]),
     )  # fmt: skip
+
+
+def _per_token(format: Format) -> str:
+    return f"{format.name.removesuffix('-tensor')}-token"
+
+
+def _static(source: Source, module: str, activations: Format | None, columns: int) -> State:
+    """The static parameters of the module's activations."""
+    layout, state = input_layout(activations, columns), {}
+    for name, (shape, dtype) in layout.items():
+        stored = source.tensor(f"{module}.{'input_zero_point' if name == 'input_zero' else name}")
+        if stored.numel() != 1:
+            raise BadInput(f"{module}.{name}: {tuple(stored.shape)} is not one scale: the checkpoint is damaged")
+        state[name] = (stored.short() + 128 if name == "input_zero" else stored).reshape(shape).to(dtype)
+    try:
+        check_inputs(state, layout)
+    except BadInput as error:
+        raise BadInput(f"{module}.{error}: the checkpoint is damaged") from error
+    return state
 
 
 def _tensor(source: Source, name: str) -> Tensor:

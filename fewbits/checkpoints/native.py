@@ -52,9 +52,11 @@ from fewbits.core.errors import BadInput, Unsupported
 from fewbits.formats import Format, hadamard, parse_format
 from fewbits.formats.low_rank import DTYPES, LowRank, LowRankSpec
 from fewbits.formats.outliers import Outliers, OutlierSpec
+from fewbits.formats.rows import check_inputs, check_rows, input_layout
+from fewbits.formats.scales import State
 
 QUANT_METHOD = "fewbits"
-VERSION = 5
+VERSION = 6
 # Names, not eval: a checkpoint may only pick from this table.
 SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -101,7 +103,9 @@ def module_entry(
 def quantization_config(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """`quantization_config` of config.json."""
     said = {key for entry in modules.values() for key in entry}
-    newest = {"input_order": 5, "outliers": 4, "residual": 3, "input_hadamard": 2}
+    if any("-static" in (entry["activations"] or "") for entry in modules.values()):
+        said.add("static")
+    newest = {"static": 6, "input_order": 5, "outliers": 4, "residual": 3, "input_hadamard": 2}
     version = max([newest[key] for key in said if key in newest], default=1)
     return {"quant_method": QUANT_METHOD, "version": version, "modules": modules}
 
@@ -123,7 +127,7 @@ def read_modules(config: dict[str, Any]) -> dict[str, Module]:
         activations = entry.get("activations")
         modules[name] = Module(
             format=parse_format(entry.get("format", "")).with_scale_dtype(SCALE_DTYPES[dtype]),
-            activations=None if activations is None else parse_format(activations),
+            activations=None if activations is None else _activations(name, activations),
             shape=(shape[0], shape[1]),
             input_hadamard=_orders(name, entry.get("input_hadamard", []), shape[1]),
             residual=_residual(name, entry.get("residual"), (shape[0], shape[1])),
@@ -131,6 +135,15 @@ def read_modules(config: dict[str, Any]) -> dict[str, Module]:
             input_order=entry.get("input_order") is True,
         )
     return modules
+
+
+def _activations(module: str, name: str) -> Format:
+    format = parse_format(name)
+    try:
+        check_rows(format)
+    except BadInput as error:
+        raise BadInput(f"{module}: {error}") from error
+    return format
 
 
 def _orders(name: str, orders: Any, columns: int) -> tuple[int, ...]:
@@ -182,7 +195,7 @@ class Native(Codec):
         return Stored(
             format=about.format, shape=about.shape, state=state, activations=about.activations, order=order,
             input_hadamard=about.input_hadamard, residual=_read_residual(source, module, about),
-            outliers=_read_outliers(source, module, about),
+            outliers=_read_outliers(source, module, about), inputs=_read_inputs(source, module, about),
         )  # fmt: skip
 
     def refuses(self, stored: Stored) -> str | None:
@@ -195,7 +208,7 @@ class Native(Codec):
         ordered = {} if stored.order is None else {"input_order": stored.order.int()}
         residual = {} if stored.residual is None else stored.residual.to_state()
         outliers = {} if stored.outliers is None else stored.outliers.to_state()
-        return {**stored.state, **ordered, **residual, **outliers}
+        return {**stored.state, **ordered, **residual, **outliers, **stored.inputs}
 
     def quantization(self, layers: Mapping[str, Layer], dense: Iterable[str]) -> dict[str, Any]:
         modules = {
@@ -217,7 +230,19 @@ def _parts(module: Module) -> list[str]:
     residual = [] if module.residual is None else list(module.residual.layout(module.shape))
     outliers = [] if module.outliers is None else list(module.outliers.layout(module.shape))
     order = ["input_order"] if module.input_order else []
-    return [*module.format.layout(module.shape), *residual, *outliers, *order]
+    inputs = list(input_layout(module.activations, module.shape[1]))
+    return [*module.format.layout(module.shape), *residual, *outliers, *order, *inputs]
+
+
+def _read_inputs(source: Source, module: str, about: Module) -> State:
+    """The static parameters that the module's input is rounded with; none for dynamic ones."""
+    layout = input_layout(about.activations, about.shape[1])
+    state = {name: source.tensor(f"{module}.{name}") for name in layout}
+    try:
+        check_inputs(state, layout)
+    except BadInput as error:
+        raise BadInput(f"{module}: {error}: the checkpoint is damaged") from error
+    return state
 
 
 def _read_residual(source: Source, module: str, about: Module) -> LowRank | None:

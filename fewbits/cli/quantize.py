@@ -77,6 +77,13 @@ def quantize(
     range: Annotated[
         str | None, typer.Option(help="How the range of a group is found: see `fewbits list ranges`.")
     ] = None,
+    act_range: Annotated[
+        str | None,
+        typer.Option(
+            help="Static activations (W8A8_STATIC, FP8): absmax, moving_average, percentile, mse, entropy, …",
+            show_default=False,
+        ),
+    ] = None,
     eval_samples: Annotated[
         int | None, typer.Option(help="Held-out sequences to measure the loss on while quantizing; 0: none.")
     ] = None,
@@ -114,6 +121,7 @@ def quantize(
             method=method,
             minutes=minutes,
             method_options=options,
+            act_range=act_range,
             sequential=sequential,
             experts=experts,
             calibration=text,

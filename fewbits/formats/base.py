@@ -52,6 +52,7 @@ class Scaling:
 
     group_size: columns per group, or the side of a square tile.  zero_point: integer, in the grid's range.
     minimum: a real offset per block instead, subtracted from the scaled level.
+    static, sinks: of activations (rows.py), whose ranges are known before they come; all but those of some tokens.
     """
 
     block: str
@@ -59,6 +60,8 @@ class Scaling:
     zero_point: bool = False
     minimum: bool = False
     store: ScaleStore = field(default_factory=PlainScale)
+    static: bool = False
+    sinks: bool = False
 
     @property
     def scale_dtype(self) -> torch.dtype:

@@ -30,7 +30,7 @@ from torch import Tensor
 from fewbits.core.errors import BadInput
 from fewbits.formats.base import Format
 from fewbits.formats.low_rank import DTYPES
-from fewbits.formats.rows import round_rows
+from fewbits.formats.rows import Params, round_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,13 +135,13 @@ def without(rows: Tensor, columns: Tensor) -> Tensor:
     return rows.index_fill(1, columns, 0)
 
 
-def round_rest(rows: Tensor, format: Format, columns: Tensor) -> Tensor:
-    """`rows` [tokens, in] float32, all but `columns` moved to what `format` can say."""
+def round_rest(rows: Tensor, format: Format, columns: Tensor, fixed: Params | None = None) -> Tensor:
+    """`rows` [tokens, in] float32, all but `columns` moved to what `format` can say; fixed: see `round_rows`."""
     if len(columns) == rows.shape[1]:
         return rows.float()
     if not len(columns):
-        return round_rows(rows, format)
-    rest = round_rows(without(rows, columns), format)
+        return round_rows(rows, format, fixed)
+    rest = round_rows(without(rows, columns), format, fixed)
     return rest.index_copy(1, columns, rows[:, columns].float())
 
 

@@ -1,5 +1,7 @@
 """Format names: element, then how zero is treated, then which block shares a scale, then how scales are stored.
 
+Of activations last whether scales are decided beforehand.
+
     int4-g128   int4-asym-g64   int4-min-g64   int4-narrow-channel   int8-token   fp8_e4m3-tensor   fp8_e4m3-tile128
     nf4-g64     nf4-g64-dq      fp4_e2m1-g32-e8m0     fp4_e2m1-g16-e4m3
 
@@ -11,6 +13,8 @@
 | `-tensor` `-channel` `-token` `-g64` `-tile128` | which block shares a scale |
 | `-dq` `-e8m0` `-e4m3` | scales stored twice quantized, as powers of two, as E4M3 under an outer float32 |
 | `-e4m3d` | as `-e4m3` with the outer scale's reciprocal, to divide by |
+| `-static` | activations: scales from calibration, for `-tensor` and groups (rows.py) |
+| `-sinks` | after `-static`: a token far beyond the range takes a scale of its own |
 
 Scales are plain floats where nothing is said. Formats known under a name of their own are in `NAMED`.
 """
@@ -41,6 +45,7 @@ _NAME = re.compile(
     r"(?P<element>[a-z0-9_]+?)(?:-(?P<zero>asym|min|narrow))?"
     r"-(?P<block>tensor|channel|token|g(?P<size>\d+)|tile(?P<tile>\d+))"
     rf"(?:-(?P<store>{'|'.join(STORES)}))?"
+    r"(?P<static>-static(?P<sinks>-sinks)?)?"
 )
 
 
@@ -98,6 +103,8 @@ def parse_format(name: str) -> Format:
             zero_point=moved == "asym",
             minimum=moved == "min",
             store=STORES[match["store"]]() if match["store"] else PlainScale(),
+            static=match["static"] is not None,
+            sinks=match["sinks"] is not None,
         ),
         fit=fit,
     )

@@ -1,42 +1,111 @@
-"""Activations: rows that come as the model runs, each rounded as if it were alone.
+"""Activations: rows that come as the model runs.
 
-    x' = round_rows(x, format)          x [tokens, in]
+    x' = round_rows(x, format, fixed)          x [tokens, in]
 
-What a token is rounded to must not depend on which other tokens share its batch. Scales per token and per group of a
-token are such as they are. E4M3 scales under an outer float32 (NVFP4) get an outer scale per token here, where a weight
-has one per tensor; checkpoints of the ecosystem fix one per layer by calibration, which this is never worse than by
-range. Formats whose blocks reach over rows, or whose levels are fitted to a tensor, are for weights only.
+| scales per | format | decided |
+|---|---|---|
+| token | `int8-token` | as it comes, each token alone |
+| group of a token | `fp8_e4m3-g128`, `mxfp4` | as it comes, each token alone |
+| tensor | `int8-tensor` | as it comes, by all tokens of the call: what a token becomes depends on its neighbours |
+| tensor, group of channels | `int8-tensor-static`, `int8-g64-static` | by calibration: `fixed`, in the checkpoint |
+
+A static scale costs nothing when the model runs and clips what calibration never saw. It has one enemy of its own: the
+first token of a text is a *sink* in most models, and its largest values are thousands of times those of all others, so
+that a scale that reaches them rounds everything else to 0. With `-sinks` calibration leaves such tokens out, and
+whatever exceeds its range `SINK` times when the model runs takes a scale of its own, as if it were dynamic. Tokens are
+told by their size and not by their position, so that caches, padding and batches change nothing.
+
+E4M3 scales under an outer float32 (NVFP4) get an outer scale per token here, where a weight has one per tensor;
+checkpoints of the ecosystem fix one per layer by calibration, which this is never worse than by range. Formats whose
+blocks reach over rows, or whose levels are fitted to a tensor, are for weights only.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from functools import lru_cache
+
+import torch
 from torch import Tensor
 
 from fewbits.core.errors import BadInput
 from fewbits.formats.base import Format
-from fewbits.formats.scales import FloatScale
+from fewbits.formats.scales import FloatScale, Layout, PlainScale, State
+
+SINK = 4.0  # times the static range
+
+Params = tuple[Tensor, Tensor | None]  # scale and zero, [rows or 1, groups]
 
 
 def check_rows(format: Format) -> None:
     """BadInput where activations cannot be rounded to `format`."""
     scaling = format.scaling
-    if scaling.block not in ("token", "group") or format.fit:
+    if scaling.block not in ("token", "group", "tensor") or format.fit:
         raise BadInput(
-            f"activations as {format.name}; their scales are per token or per group of a token, "
-            "e.g. int8-token, fp8_e4m3-g128, mxfp4"
+            f"activations as {format.name}; their scales are per token, per group of a token or per tensor, "
+            "e.g. int8-token, fp8_e4m3-g128, mxfp4, int8-tensor-static"
         )
     plain = type(scaling.store) is FloatScale and type(format) is Format
     if scaling.store.nested and not plain:
         raise BadInput(f"activations as {format.name}: its scales are decided for a whole tensor; use nvfp4 or mxfp4")
+    if scaling.static and (scaling.block == "token" or not isinstance(scaling.store, PlainScale)):
+        raise BadInput(f"activations as {format.name}: static scales are plain ones, per tensor or group of channels")
 
 
-def round_rows(x: Tensor, format: Format) -> Tensor:
-    """`x` [rows, in] moved to what `format` can say, float32; each row alone. BadInput for NaN or infinity."""
+def input_layout(format: Format | None, in_features: int) -> Layout:
+    """Name -> (shape, dtype) of the tensors beside a weight whose input is rounded to `format`: none unless static."""
+    if format is None or not format.scaling.static:
+        return {}
+    shape = 1, format.scaling.groups(in_features)
+    found: Layout = {"input_scale": (shape, torch.float32)}
+    if format.scaling.zero_point:
+        found["input_zero"] = shape, torch.uint8
+    return found
+
+
+def check_inputs(state: State, layout: Layout) -> None:
+    """BadInput where static parameters read from a file are not what `input_layout` says."""
+    for name, (shape, dtype) in layout.items():
+        tensor = state[name]
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise BadInput(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected {dtype} {shape}")
+        if name == "input_scale" and not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
+            raise BadInput(f"{name} is not finite and above 0")
+
+
+def fixed_params(state: State) -> Params | None:
+    """The static parameters among `state`, or None where there are none."""
+    return (state["input_scale"], state.get("input_zero")) if "input_scale" in state else None
+
+
+@lru_cache(maxsize=64)
+def by_token(format: Format) -> Format:
+    """`format` with a dynamic scale per token, or per group of a token."""
+    block = "group" if format.scaling.block == "group" else "token"
+    return dataclasses.replace(
+        format, scaling=dataclasses.replace(format.scaling, block=block, static=False, sinks=False)
+    )
+
+
+def row_params(x: Tensor, format: Format, fixed: Params | None = None) -> Params:
+    """Scale and zero for the rows of `x` [rows, in] float32: `fixed` where given and not exceeded, else from x."""
+    if fixed is None:
+        return format.params(x)
+    if not format.scaling.sinks:
+        return fixed
+    scale, zero = by_token(format).params(x)
+    apart = scale > SINK * fixed[0]
+    known = None if zero is None or fixed[1] is None else torch.where(apart, zero, fixed[1])
+    return torch.where(apart, scale, fixed[0]), known
+
+
+def round_rows(x: Tensor, format: Format, fixed: Params | None = None) -> Tensor:
+    """`x` [rows, in] moved to what `format` can say, float32. BadInput for NaN or infinity."""
     x = x.float()
     if not x.shape[0]:
         return x
     format.check(x, "activations")
-    scale, zero = format.params(x)
+    scale, zero = row_params(x, format, fixed)
     if isinstance(format.scaling.store, FloatScale):
         scale = format.scaling.store.by_row(scale)
     return format.snap(x, *format.expand(scale, zero, (x.shape[0], x.shape[1])))

@@ -2,9 +2,12 @@
 
 ``W4A16`` is 4-bit weights under 16-bit activations; its group size (128) can be overridden. Names and
 defaults follow compressed-tensors' presets, so a checkpoint says the same thing to vLLM. Activations, where
-quantized, are scaled dynamically per token or per group of a token (rows.py): no calibration decides them. Any format
-name is a weight-only scheme of its own (``nf4-g64``), two names with a slash between them one for weights and
-activations (``fp4_e2m1-g32/fp8_e4m3-token``).
+quantized, are scaled dynamically per token or per group of a token, unless the name says STATIC or is FP8: then one
+scale per linear comes from calibration (rows.py). Any format name is a weight-only scheme of its own (``nf4-g64``), two
+names with a slash between them one for weights and activations (``fp4_e2m1-g32/fp8_e4m3-token``).
+
+SmoothQuant's O1, O2 and O3 are one scale per weight tensor with activations per token, per tensor, and per tensor from
+calibration: ``int8-tensor/int8-token``, ``int8-tensor/int8-tensor``, ``int8-tensor/int8-tensor-static``.
 
 Case matters where a scheme has the name of a format: ``MXFP4`` is, as in the ecosystem, 4 bits on both sides, and
 ``mxfp4`` the format of weights alone, which is ``MXFP4A16``.
@@ -29,9 +32,13 @@ SCHEMES: dict[str, tuple[str, str | None]] = {
     "W2A16": ("int2-g64", None),
     "W2A16_ASYM": ("int2-asym-g64", None),
     "W8A8": ("int8-channel", "int8-token"),
+    "INT8": ("int8-channel", "int8-token"),
+    "W8A8_STATIC": ("int8-channel", "int8-tensor-static"),
+    "W8A8_STATIC_SINKS": ("int8-channel", "int8-tensor-static-sinks"),
     "W4A8": ("int4-g128", "int8-token"),
     "W4A4": ("int4-g128", "int4-token"),
     "W4AFP8": ("int4-g128", "fp8_e4m3-token"),
+    "FP8": ("fp8_e4m3-tensor", "fp8_e4m3-tensor-static"),
     "FP8_DYNAMIC": ("fp8_e4m3-channel", "fp8_e4m3-token"),
     "FP8_BLOCK": ("fp8_block", "fp8_e4m3-g128"),
     "FP8_W8A16": ("fp8_e4m3-channel", None),
@@ -54,7 +61,7 @@ SCHEMES: dict[str, tuple[str, str | None]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """`weights` and, where the products are quantized on both sides, dynamic `activations`."""
+    """`weights` and, where the products are quantized on both sides, `activations`."""
 
     name: str
     weights: Format
@@ -84,4 +91,7 @@ def parse_scheme(name: str, group_size: int | None = None) -> Scheme:
     rounded = None if activations is None else parse_format(activations)
     if rounded is not None:
         check_rows(rounded)
-    return Scheme(name=found or name, weights=parse_format(weights), activations=rounded)
+    format = parse_format(weights)
+    if format.scaling.static:
+        raise BadInput(f"weights as {weights}: static scales are for activations; write int8-channel/{weights}")
+    return Scheme(name=found or name, weights=format, activations=rounded)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fewbits.formats import Format, Quantized
-from fewbits.formats.rows import round_rows
+from fewbits.formats.rows import fixed_params, round_rows, row_params
 
 # What a kernel keeps between calls. Plain tensors, except where torch wraps a packed weight in its own type.
 Packed = dict[str, Tensor]
@@ -123,20 +123,23 @@ class Kernel(Protocol):
         ...
 
 
-def split_levels(x: Tensor, activations: Format) -> tuple[Tensor, Tensor]:
-    """x [M, in] -> (levels less zero point, float32 [M, in]; scale, float32 [M, 1]), each row on its own.
+def split_levels(x: Tensor, activations: Format, packed: Packed) -> tuple[Tensor, Tensor]:
+    """x [M, in] -> (levels less zero point, float32 [M, in]; scale, float32 [M, 1]).
 
-    Of groups within a row the levels are times their scales already, and the scale is 1.
+    Static parameters are in `packed`. Of groups within a row the levels are times their scales already, and the scale
+    is 1.
     """
-    if activations.scaling.block != "token":
-        return round_rows(x, activations), torch.ones(x.shape[0], 1, device=x.device)
+    fixed = fixed_params(packed)
+    if activations.scaling.block == "group":
+        return round_rows(x, activations, fixed), torch.ones(x.shape[0], 1, device=x.device)
+    x = x.float()
     if not x.shape[0]:  # no rows: nothing to take a range of
-        return x.float(), x.new_ones(0, 1, dtype=torch.float32)
-    scale, zero = activations.params(x.float())
+        return x, x.new_ones(0, 1)
+    scale, zero = row_params(x, activations, fixed)
     levels = activations.grid.value(activations.encode(x, scale, zero))
     if zero is not None:
         levels = levels - zero.float()
-    return levels, scale.float()
+    return levels, scale.float().expand(x.shape[0], 1)
 
 
 def affine(format: Format) -> No | None:
@@ -159,8 +162,8 @@ def middle_code(format: Format) -> int:
 
 
 def whole_tokens(spec: LinearSpec) -> No | None:
-    """None where x is not rounded, or with one scale a token; else No: for kernels that multiply in 16 bits."""
-    if spec.activations is None or spec.activations.scaling.block == "token":
+    """None where x is not rounded, or with one scale a token or tensor; else No: for products in 16 bits."""
+    if spec.activations is None or spec.activations.scaling.block in ("token", "tensor"):
         return None
     return No(f"it multiplies levels, and {spec.activations.name} has several scales in a token")
 

@@ -76,7 +76,7 @@ class CpuFp16(Plain):
         if spec.activations is None:
             y = half_linear(rows.float().contiguous(), packed)
         else:
-            levels, scale = split_levels(rows, spec.activations)
+            levels, scale = split_levels(rows, spec.activations, packed)
             y = half_linear(levels, packed).mul_(scale)
         return y.to(x.dtype).reshape(*x.shape[:-1], spec.shape[0])
 

@@ -167,7 +167,7 @@ class CpuInt4:
         rows = x.reshape(-1, columns)
         token_scale = None
         if spec.activations is not None:
-            rows, token_scale = split_levels(rows, spec.activations)
+            rows, token_scale = split_levels(rows, spec.activations, packed)
         if rows.shape[0] >= _MANY_ROWS:
             y = self._decoded(rows.float(), packed, spec)
         else:

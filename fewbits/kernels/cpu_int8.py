@@ -109,7 +109,7 @@ class CpuInt8:
         weight = packed["weight"]
         rows, token_scale = x.reshape(-1, columns), None
         if spec.activations is not None:
-            rows, token_scale = split_levels(rows, spec.activations)
+            rows, token_scale = split_levels(rows, spec.activations, packed)
         if rows.shape[0] >= _MANY_ROWS:
             rows = rows.float()
             y = self._decoded(rows, packed)

@@ -94,7 +94,7 @@ class CudaInt4(Plain):
         out, columns = spec.shape
         rows, token_scale = x.reshape(-1, columns), None
         if spec.activations is not None:
-            rows, token_scale = split_levels(rows, spec.activations)
+            rows, token_scale = split_levels(rows, spec.activations, packed)
         rows = rows.to(torch.bfloat16)
         if rows.shape[0] >= _MANY_ROWS:
             weight = Quantized(

@@ -41,7 +41,7 @@ class Reference(Plain):
         if spec.activations is None:
             y = functional.linear(rows.to(working), weight.dequantize(working))
         else:
-            levels, scale = split_levels(rows, spec.activations)
+            levels, scale = split_levels(rows, spec.activations, packed)
             y = functional.linear(levels, weight.dequantize()) * scale
         return y.to(x.dtype).reshape(*x.shape[:-1], spec.shape[0])
 

@@ -4,7 +4,8 @@ Life of a QLinear:
 
 1. *Canonical.* Buffers as `Format.layout` names them: `codes` (packed at true density), `scale`, with a zero
    point `zero`, and what a nested scale store needs, under exactly the names and shapes of the native
-   checkpoint. It can be built on the meta device, loaded, saved and moved.
+   checkpoint; `input_scale` where x is rounded by a static one. It can be built on the meta device, loaded, saved
+   and moved.
 2. *Prepacked.* `prepack()` asks the dispatcher for a kernel, gives it the weight, and drops `codes` where the
    kernel's own layout can give them back. `state_dict()` stays canonical: codes are recovered when it is
    asked for. The first `forward` prepacks a module that is not.
@@ -27,14 +28,15 @@ from fewbits.formats import Format, Quantized, hadamard
 from fewbits.formats import bits as packing
 from fewbits.formats.low_rank import LowRank, LowRankSpec
 from fewbits.formats.outliers import Outliers, OutlierSpec, without
-from fewbits.formats.rows import check_rows, round_rows
+from fewbits.formats.rows import check_rows, fixed_params, input_layout, round_rows
+from fewbits.formats.scales import State
 from fewbits.kernels import KERNELS, Kernel, LinearSpec, No, Packed, Yes, choose, explain
 
 
 class QLinear(nn.Module):
     """`x [..., in] -> [..., out]` in x's dtype, with a weight stored in `format`.
 
-    activations: a format that x is rounded to, each row alone (formats/rows.py), before the product; or None.
+    activations: a format that x is rounded to (formats/rows.py) before the product; or None.
     input_hadamard: orders of the Hadamard transform x goes through before that (formats/hadamard.py), or none; the
     weight, and `dequantize`, are those of the transformed x.
     residual: rank and dtype of a low-rank matrix that is added to what the codes stand for (formats/low_rank.py), or
@@ -74,7 +76,8 @@ class QLinear(nn.Module):
         self._packed: Packed | None = None
         self._spec: LinearSpec | None = None
         self._stored = format.layout((out_features, in_features))
-        for name, (shape, stored_as) in self._stored.items():
+        self._inputs = input_layout(activations, in_features)
+        for name, (shape, stored_as) in {**self._stored, **self._inputs}.items():
             self.register_buffer(name, torch.empty(shape, dtype=stored_as, device=device))
         self.residual_spec = residual
         if residual is not None:
@@ -99,8 +102,10 @@ class QLinear(nn.Module):
         residual: LowRank | None = None,
         outliers: Outliers | None = None,
         input_order: Tensor | None = None,
+        inputs: State | None = None,
     ) -> QLinear:
-        """A canonical module (not yet prepacked) holding `weight`; the tensors are shared, not copied."""
+        """A canonical module (not yet prepacked) holding `weight` and, for static activations, what `input_layout`
+        names as `inputs`; the tensors are shared, not copied."""
         out_features, in_features = weight.shape
         module = cls(
             in_features, out_features, weight.format, bias is not None, activations,
@@ -109,7 +114,7 @@ class QLinear(nn.Module):
             input_order=input_order is not None,
         )  # fmt: skip
         beside = [found.to_state() for found in (residual, outliers) if found is not None]
-        for name, tensor in [item for state in (weight.to_state(), *beside) for item in state.items()]:
+        for name, tensor in [item for state in (weight.to_state(), *beside, inputs or {}) for item in state.items()]:
             setattr(module, name, tensor)
         if input_order is not None:
             module.input_order = input_order.to(weight.codes.device, torch.int32)
@@ -147,7 +152,8 @@ class QLinear(nn.Module):
             # A fitted codebook is known only now that the weight is here.
             spec = dataclasses.replace(self.spec, format=weight.format)
             kernel = kernel or choose(spec)
-            self._packed, self._spec, self.kernel = kernel.prepack(weight), spec, kernel.name
+            self._packed = {**kernel.prepack(weight), **self.input_state()}
+            self._spec, self.kernel = spec, kernel.name
         if kernel.recovers_codes:
             self.codes = None
         return self
@@ -177,6 +183,10 @@ class QLinear(nn.Module):
             return None
         columns, weight = (self._buffers.get(f"outlier_{part}") for part in ("columns", "weight"))
         return Outliers(threshold=self.outlier_spec.threshold, columns=columns, weight=weight)
+
+    def input_state(self) -> State:
+        """The static parameters x is rounded with, by the names of `input_layout`."""
+        return {name: getattr(self, name) for name in self._inputs}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight [out, in], residual and fixed outlier columns included."""
@@ -212,7 +222,7 @@ class QLinear(nn.Module):
             x = hadamard.transform(x, self.input_hadamard)
         y = self.product(x)
         if self.residual is not None:
-            y = y + self.residual.apply(rounded(x, self.activations))
+            y = y + self.residual.apply(rounded(x, self.activations, self._packed))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def product(self, x: Tensor) -> Tensor:
@@ -278,11 +288,11 @@ class QLinear(nn.Module):
         return f"{text}, format={self.format.name}, kernel={self.kernel or 'not yet chosen'}"
 
 
-def rounded(x: Tensor, format: Format | None) -> Tensor:
-    """x [..., in] as a product with activations in `format` sees it."""
+def rounded(x: Tensor, format: Format | None, packed: Packed) -> Tensor:
+    """x [..., in] as a product of `packed` with activations in `format` sees it."""
     if format is None:
         return x
-    return round_rows(x.reshape(-1, x.shape[-1]), format).reshape(x.shape).to(x.dtype)
+    return round_rows(x.reshape(-1, x.shape[-1]), format, fixed_params(packed)).reshape(x.shape).to(x.dtype)
 
 
 def qlinears(model: nn.Module) -> Iterator[tuple[str, QLinear]]:

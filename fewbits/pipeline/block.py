@@ -16,43 +16,47 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewbits.algorithms.base import Block, Learned, Lesson, Pupil, Solved, Stage, proxy_loss
 from fewbits.algorithms.compose import Recipe
+from fewbits.algorithms.input_ranges import InputRange
 from fewbits.calibration.collect import Original, Ref, collect_inputs, input_stages
 from fewbits.calibration.coverage import cover
 from fewbits.calibration.stats import Inputs, InputSum
-from fewbits.core.errors import Unsupported
 from fewbits.formats import Format, Quantized
 from fewbits.formats.low_rank import LowRank
-from fewbits.formats.outliers import Outliers, round_rest
-from fewbits.formats.rows import round_rows
+from fewbits.formats.outliers import Outliers
+from fewbits.formats.scales import State
 from fewbits.metrics import sqnr_db
 from fewbits.metrics.error import relative_error as weight_error
 from fewbits.metrics.estimate import finite
 from fewbits.models.walk import ExpertRef
+from fewbits.pipeline.rounding import Apart, input_ranges, quantized_activations
 from fewbits.pipeline.shell import ModelShell
 
 _HISTOGRAM_BINS = 96
 
-Apart = dict[str, Outliers | None]  # linear -> its columns in 16 bits
-
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A quantized linear: where it goes in the checkpoint, its codes, and what is recorded of it."""
+    """A quantized linear: where it goes in the checkpoint, its codes, and what is recorded of it.
 
+    name: in its block.  inputs: the parameters that static activations are rounded with (formats/rows.py).
+    """
+
+    name: str
     disk_name: str
     weight: Quantized
     record: dict[str, Any]
     residual: LowRank | None = None
     outliers: Outliers | None = None
+    inputs: State = dataclasses.field(default_factory=dict)
 
 
 def solve_block(
@@ -68,10 +72,14 @@ def solve_block(
     sequential: bool,
     experts: str = "borrow",
     activations: Format | None = None,
+    act_range: str = "absmax",
+    scale_dtype: torch.dtype = torch.float32,
 ) -> tuple[list[Layer], dict[str, Tensor]]:
     """Quantizes `refs` of block `index`, resident in `shell`; leaves the decoded weights in the block.
 
     Inputs are rounded to `activations` for every step but transforms: those must see what there is to be rounded.
+    Static ones are given the range that the estimator `act_range` finds behind the transforms, their scale rounded to
+    `scale_dtype`.
 
     `formats` are theirs by name; `hidden` the calibration inputs of the block, `reference` and `targets` the same
     text's inputs and outputs in the original model. Recipes that need no statistics see no text. experts: what is done
@@ -119,9 +127,11 @@ def solve_block(
             planned = [found]
         elif original is not None:
             kept.update(_copies(refs))
+    ranges = input_ranges(refs, forward, hidden, activations, act_range)
+    states = {name: found.state(f"{prefix}.{name}", scale_dtype) for name, found in ranges.items()}
     # Which columns of an input are outliers is known once its linears are solved; until then it is not rounded.
     apart: Apart | None = {} if getattr(recipe.weights, "keeps_outliers", False) else None
-    with quantized_activations(refs, activations, apart):
+    with quantized_activations(refs, activations, states, apart):
         parts: Iterable[_Part] = (
             part for found in planned for part in _solve_stages(found, prefix, formats, recipe, apart)
         )
@@ -136,7 +146,15 @@ def solve_block(
                 targets=[sequence for batch in targets for sequence in batch],
             )
             parts = _learned(parts, learner.learn(lesson), time.perf_counter() - started)
-        return [_layer(part, index, prefix, notes) for part in parts], changed
+        layers = [_layer(part, index, prefix, notes) for part in parts]
+        return [_with_inputs(layer, states, ranges) for layer in layers], changed
+
+
+def _with_inputs(layer: Layer, states: Mapping[str, State], ranges: Mapping[str, InputRange]) -> Layer:
+    if layer.name not in states:
+        return layer
+    record = {**layer.record, "input_range": ranges[layer.name].describe()}
+    return dataclasses.replace(layer, inputs=states[layer.name], record=record)
 
 
 def _copies(refs: Sequence[Ref]) -> dict[str, Tensor]:
@@ -291,6 +309,7 @@ def _layer(part: _Part, index: int, prefix: str, notes: Mapping[str, list[str]])
     if part.learned is not None:
         record["block_loss"] = dict(zip(("before", "after"), map(finite, part.learned), strict=True))
     return Layer(
+        name=ref.name,
         disk_name=f"{prefix}.{ref.disk_name}",
         weight=quantized,
         record=record,
@@ -334,63 +353,3 @@ def _distribution(weight: Tensor, part: Quantized) -> dict[str, Any]:
         "counts": [int(value) for value in counts.tolist()],
         "levels": levels.tolist(),
     }
-
-
-@contextlib.contextmanager
-def quantized_activations(
-    refs: Sequence[Ref], format: Format | None, apart: Mapping[str, Outliers | None] | None = None
-) -> Iterator[None]:
-    """Rounds what `refs` receive to `format`, each token alone, as the quantized model will.
-
-    apart: of a method that keeps outlier columns, those of each linear; what is not in it yet is not rounded.
-    """
-    if format is None:
-        yield
-        return
-    handles = []
-    last: list[Tensor] = []  # an input and what became of it: q, k and v receive the same, and still do
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        def pre(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            x = args[0]
-            if apart is not None and name not in apart:
-                return args
-            if not last or last[0] is not x:
-                rows = x.detach().reshape(-1, x.shape[-1])
-                kept = apart and apart[name]
-                rounded = round_rest(rows, format, kept.find(rows)) if kept else round_rows(rows, format)
-                rounded = rounded.reshape(x.shape).to(x.dtype)
-                if x.requires_grad:  # the gradient passes the rounding as if it were not there
-                    rounded = x + (rounded - x).detach()
-                last[:] = x, rounded
-            return (last[1], *args[1:])
-
-        return pre
-
-    def correction(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-        def post(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
-            """Original weights of the columns that only the run knows, in place of what the codes say."""
-            kept = apart and apart.get(name)
-            if not kept or kept.columns is not None or kept.weight is None:
-                return None
-            rows = last[0].reshape(-1, last[0].shape[-1])
-            columns = kept.find(rows)
-            change = kept.weight[:, columns].float() - module.get_parameter("weight")[:, columns].float()
-            return y + (rows[:, columns].float() @ change.t()).reshape(y.shape).to(y.dtype)
-
-        return post
-
-    try:
-        for ref in refs:
-            if isinstance(ref, ExpertRef):
-                raise Unsupported(
-                    f"{ref.name}: activations of fused experts are not quantized; "
-                    "choose a weight-only scheme such as W4A16"
-                )
-            handles.append(ref.module.register_forward_pre_hook(hook(ref.name)))
-            if apart is not None:
-                handles.append(ref.module.register_forward_hook(correction(ref.name)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -80,6 +80,7 @@ def build(
             "name": job.scheme.name,
             "weights": job.scheme.weights.name if job.plan is None else ", ".join(job.plan.formats),
             "activations": job.scheme.activations and job.scheme.activations.name,
+            **({} if job.act_range is None else {"act_range": job.act_range}),
             "ignore": list(job.ignore),
             "dtype": str(job.dtype).removeprefix("torch."),
             **({} if job.plan is None else {"plan": summary(job.plan)}),

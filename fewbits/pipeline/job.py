@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fewbits.algorithms import input_ranges
 from fewbits.algorithms.compose import Recipe, compose
 from fewbits.calibration.coverage import POLICIES
 from fewbits.calibration.data import TextSpec, TokenSet, pack, read_texts
@@ -53,6 +54,7 @@ class Job:
     input_hadamard: dict[str, tuple[int, ...]]  # module on disk -> orders of the transform of its input
     notes: tuple[str, ...]  # of steps that concern the whole model
     plan: Plan | None = None
+    act_range: str | None = None  # estimator of static activations' ranges; None where they are dynamic
     question: auto.Question | None = None
     choice: dict[str, Any] | None = None
 
@@ -60,7 +62,7 @@ class Job:
         """The job with the composition that `choice` names."""
         assert self.question is not None
         found = auto.candidate_called(self.question, choice.get("chosen"))
-        text = self.calibration if found.recipe.statistics else None
+        text = self.calibration if found.recipe.statistics or self.act_range is not None else None
         if text is not None and not found.recipe.learners:
             text = text.every(self.question.thin)
         return dataclasses.replace(
@@ -88,6 +90,7 @@ class Job:
             "source": self.source.identity,
             "scheme": [self.scheme.weights.name, self.scheme.activations and self.scheme.activations.name],
             **({} if self.plan is None else {"plan": self.plan.digest}),
+            **({} if self.act_range is None else {"act_range": self.act_range}),
             "method": method if self.question is None else [auto.NAME, repr(self.question)],
             "experts": self.experts,
             "ignore": list(self.ignore),
@@ -104,10 +107,12 @@ def prepare(
     options: dict[str, Any], text: TextSpec | TokenSet, samples: int | None, sequence_length: int | None, seed: int,
     ignore: tuple[str, ...], dtype_name: str | None, device_name: str | None, checkpoint_format: str,
     eval_samples: int, sequential: bool, experts: str, plan: Plan | None = None, minutes: float | None = None,
+    act_range: str | None = None,
 ) -> Job:  # fmt: skip
     scheme = parse_scheme(scheme_name, group_size) if plan is None else Scheme(
         name="mixed", weights=parse_format(Counter(plan.layers.values()).most_common(1)[0][0])
     )  # fmt: skip
+    act_range = _act_range(scheme, act_range)
     question = None
     thin = LEARNED_TEXT if samples is None and not isinstance(text, TokenSet) else 1
     if auto.NAME in [name.strip() for name in method_name.split(",")]:
@@ -135,7 +140,7 @@ def prepare(
     if "lm_head" not in ignore and "lm_head.weight" in source.tied():
         raise Unsupported("lm_head shares its tensor with the embeddings, which stay dense: keep --ignore lm_head")
     tokens = None
-    if recipe.statistics:
+    if recipe.statistics or act_range is not None:
         tokens = calibration_tokens(source, text, samples, sequence_length, seed, learns=bool(recipe.learners))
     probe = None
     if eval_samples:
@@ -150,8 +155,18 @@ def prepare(
         source=source, input_hadamard=input_hadamard, notes=notes, out=out.absolute(), scheme=scheme, recipe=recipe,
         sequential=sequential, ignore=ignore, dtype=dtype, device=device, checkpoint_format=checkpoint_format,
         calibration=tokens, probe=probe, seed=seed, experts=experts, plan=plan,
-        question=question,
+        act_range=act_range, question=question,
     )  # fmt: skip
+
+
+def _act_range(scheme: Scheme, name: str | None) -> str | None:
+    static = scheme.activations is not None and scheme.activations.scaling.static
+    if name is not None and not static:
+        raise BadInput(
+            f"range of activations {name!r} given, but {scheme.name} does not fix their ranges by calibration: leave "
+            "it out, or choose a static scheme such as W8A8_STATIC or FP8"
+        )
+    return input_ranges.estimator_called(name or "absmax") if static else None
 
 
 def calibration_tokens(

@@ -54,6 +54,7 @@ def quantize(
     method: str | None = "gptq",
     minutes: float | None = None,
     method_options: dict[str, Any] | None = None,
+    act_range: str | None = None,
     calibration: TextSpec | TokenSet = None,
     samples: int | None = None,
     sequence_length: int | None = None,
@@ -75,6 +76,7 @@ def quantize(
     `measurements` (OUT.measurements.json) for other budgets; or plan: one made before (file, or `planning.plan`'s).
     method: see ``fewbits list methods``; `method_options` are its fields (damping, act_order, ...). "auto" tries some
     compositions and takes the best that is done in `minutes` (6), trials included (planner/auto.py).
+    act_range: how the ranges of static activations are estimated (algorithms/input_ranges.py); absmax if None.
     calibration: text file(s) or a list of strings, default the built-in text; cut into `samples` windows of
     `sequence_length` tokens, chosen by `seed`. Or the windows themselves, which settles those three.
     ignore: module names to leave as they are; "re:" starts a regular expression, * ? are wildcards.
@@ -104,7 +106,7 @@ def quantize(
     job = prepare(
         Path(out), model, scheme or "W4A16", group_size, method or "rtn", method_options or {}, calibration, samples,
         sequence_length, seed, tuple(ignore), dtype, device, checkpoint_format, eval_samples, sequential,
-        experts, plan, minutes,
+        experts, plan, minutes, act_range,
     )  # fmt: skip
     journal = Journal(job.out, job.fingerprint())
     if certificate.is_of(job.out, journal.fingerprint):
@@ -263,10 +265,10 @@ def _check_space(job: Job) -> None:
 
 def _encoded(layer: Layer, job: Job, kind: str) -> dict[str, Tensor]:
     if kind == compressed_tensors.QUANT_METHOD:
-        tensors = compressed_tensors.encode(layer.weight, job.scheme.activations)
+        tensors = compressed_tensors.encode(layer.weight, job.scheme.activations, layer.inputs)
     else:
         beside = layer.residual or layer.outliers
-        tensors = layer.weight.to_state() | (beside.to_state() if beside else {})
+        tensors = layer.weight.to_state() | (beside.to_state() if beside else {}) | layer.inputs
     return {f"{layer.disk_name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
 

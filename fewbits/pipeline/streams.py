@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fewbits.calibration.collect import Ref
 from fewbits.calibration.data import TokenSet
-from fewbits.pipeline.block import Layer, quantized_activations, solve_block
+from fewbits.pipeline.block import Layer, solve_block
 from fewbits.pipeline.job import Job
 from fewbits.pipeline.journal import Streams
+from fewbits.pipeline.rounding import quantized_activations
 from fewbits.pipeline.shell import ModelShell, round_parameters
 
 _BATCH_TOKENS = 2048
@@ -67,13 +68,14 @@ def solve_and_advance(
         layers, changed = solve_block(
             shell, index, refs, {ref.name: job.weights(f"{prefix}.{ref.name}") for ref in refs}, job.recipe,
             streams["calibration"], reference, targets, sequential=job.sequential, experts=job.experts,
-            activations=job.scheme.activations,
+            activations=job.scheme.activations, act_range=job.act_range or "absmax", scale_dtype=job.dtype,
         )  # fmt: skip
         round_parameters((block.get_parameter(name) for name in changed), job.dtype)
         apart = None
         if getattr(job.recipe.weights, "keeps_outliers", False):
-            apart = {layer.record["name"].removeprefix(f"{prefix}."): layer.outliers for layer in layers}
-        with quantized_activations(refs, job.scheme.activations, apart):
+            apart = {layer.name: layer.outliers for layer in layers}
+        inputs = {layer.name: layer.inputs for layer in layers}
+        with quantized_activations(refs, job.scheme.activations, inputs, apart):
             if not last:
                 streams["calibration"] = advanced("calibration")
                 if targets:

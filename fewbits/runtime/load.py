@@ -142,7 +142,7 @@ def _module(packed: QuantizedModules, name: str, dense: nn.Linear, dtype: torch.
     if not isinstance(found, Dense):
         return QLinear.from_quantized(
             found.quantized(), bias, found.activations, found.input_hadamard, found.residual, found.outliers,
-            found.order,
+            found.order, found.inputs,
         )  # fmt: skip
     dense.weight = nn.Parameter(found.dense(dtype), requires_grad=False)
     if bias is not None:

@@ -75,8 +75,9 @@ def _corrected(apply: Apply, module: QLinear) -> Apply:
     """`apply` and the residual of `module`, its factors in float32 once and for all."""
     if module.residual is None:
         return apply
-    residual = LowRank(out=module.residual.out.float(), into=module.residual.into.float())
-    return lambda x: apply(x) + residual.apply(rounded(x.float(), module.activations))
+    residual, packed = LowRank(out=module.residual.out.float(), into=module.residual.into.float()), module.packed
+    assert packed is not None
+    return lambda x: apply(x) + residual.apply(rounded(x.float(), module.activations, packed))
 
 
 def _biased(apply: Apply, bias: Tensor | None) -> Apply:
@@ -116,6 +117,8 @@ def _joined(linears: Sequence[nn.Module], dtype: torch.dtype) -> Product | None:
         packs = linears[0].weight.dtype.itemsize == 2 and linears[0].weight.device.type == "cpu" and half_works()
         return _dense(linears) if same and packs else None
     if any(not isinstance(linear, QLinear) or _alone(linear) for linear in linears):
+        return None
+    if any(linear.input_state() for linear in linears):  # each with its own, which the whole has no place for
         return None
     specs = [linear.prepack().packed_spec for linear in linears]
     widths = tuple(spec.shape[0] for spec in specs)

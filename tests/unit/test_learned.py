@@ -259,7 +259,7 @@ def test_it_composes(dense: Path, tmp_path: Path, scheme: str, method: str) -> N
 
 
 def test_rounding_of_activations_lets_gradients_through() -> None:
-    from fewbits.pipeline.block import quantized_activations
+    from fewbits.pipeline.rounding import quantized_activations
 
     block = Toy()
     refs = linears(block)

@@ -115,6 +115,8 @@ SAME_LOGITS = {
     "int3-g32": (1e-5, 0.02),
     "W8A16": (1e-5, 0.01),
     "W8A8": (0.02, 0.02),
+    "W8A8_STATIC": (0.02, 0.02),
+    "int8-channel/int8-asym-tensor-static": (0.02, 0.02),
     "FP8_DYNAMIC": (1e-3, None),
     "MXFP4A16": (0.02, 0.02),
 }
@@ -131,7 +133,10 @@ def test_transformers_alone_computes_the_same_logits(
     from fewbits.nn import qlinear
     from fewbits.runtime.load import load
 
-    outs = {scheme: run(dense, tmp_path / scheme, scheme, method="rtn", eval_samples=0) for scheme in SAME_LOGITS}
+    outs = {
+        scheme: run(dense, tmp_path / scheme.replace("/", "_"), scheme, method="rtn", eval_samples=0)
+        for scheme in SAME_LOGITS
+    }
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_FEWBITS, *map(str, outs.values())],
         capture_output=True, text=True, cwd=tmp_path, check=False,
@@ -458,5 +463,5 @@ def test_the_fingerprint_names_all_that_decides_the_bytes() -> None:
     described -= {"choice"}  # the answer to `question`, kept in the journal
     assert described == {
         "source", "scheme", "recipe", "sequential", "ignore", "dtype", "device",
-        "checkpoint_format", "calibration", "probe", "experts", "plan", "question",
+        "checkpoint_format", "calibration", "probe", "experts", "plan", "question", "act_range",
     }  # fmt: skip

@@ -27,7 +27,7 @@ from fewbits.evaluation.inspection.outliers import Outliers
 from fewbits.evaluation.inspection.schemes import Candidate
 from fewbits.metrics import block_estimate, kl, top1_agreement
 from fewbits.models.walk import Ref, linears
-from fewbits.pipeline.block import quantized_activations
+from fewbits.pipeline.rounding import quantized_activations
 from fewbits.pipeline.shell import ModelShell
 
 # Positions of a window that are compared. Every second one to spare time; not the first, which has no context: rounding

@@ -38,9 +38,9 @@ TRIED: tuple[tuple[str, int | None], ...] = (
     ("W3A16", None),
     ("W2A16_ASYM", 64),
 )
-# name -> weights, activations. "int8-tensor" over the whole text is a scale calibrated on it.
+# name -> weights, activations. A static scale with nothing calibrated takes the range of the text it is measured on.
 DIAGNOSED: dict[str, tuple[str, str]] = {
-    "W8A8, one scale per tensor": ("int8-channel", "int8-tensor"),
+    "W8A8, one scale per tensor": ("int8-channel", "int8-tensor-static"),
     "W4A4, a scale per token": ("int4-g128", "int4-token"),
 }
 DECODED = "decoded"
