@@ -1,7 +1,7 @@
-"""Reading a prompt of 512 tokens on this CPU: 8 bits on both sides beside bfloat16 and float32, and what products cost.
+"""Reading a prompt of 512 tokens: 8 bits on both sides beside bfloat16 and float32, and what their products cost.
 
-Models: the embedded one through transformers, in bfloat16 and float32; the same with its linears as W8A8 (`QLinear`), and
-that in fewbits' decode engine. Rounds go through all in turn and medians are reported, so that a busy moment of the
+Models: the embedded one through transformers, in bfloat16 and float32; the same with its linears as W8A8 (`QLinear`),
+and that in fewbits' decode engine. Rounds go through all in turn and medians are reported, so that a busy moment of the
 machine hits all alike. Products, of 512 x 576 by 576 x 1536: float32, bfloat16, and the two that torch has for INT8,
 `torch._int_mm` and oneDNN's, with the largest error of their sums beside exact ones. Recorded as "prefill".
 

@@ -116,6 +116,18 @@ class GGUFFile:
 
     def tensor(self, name: str, index: int | None = None) -> torch.Tensor:
         """The dense tensor, or slice `index` along its slowest dimension; reads only those bytes."""
+        raw, shape = self._raw(name, index)
+        try:
+            return decode(raw, self.info(name).kind, shape)
+        except BadInput as error:
+            raise BadInput(f"{self.path}: tensor {name!r}: {error}") from error
+
+    def rows(self, name: str, index: int | None = None) -> torch.Tensor:
+        """The bytes of a matrix, or of slice `index` of a stack of them: uint8 [rows, bytes of a row]."""
+        raw, shape = self._raw(name, index)
+        return raw.view(shape[0], -1)
+
+    def _raw(self, name: str, index: int | None) -> tuple[torch.Tensor, tuple[int, ...]]:
         info = self.info(name)
         start, nbytes, shape = info.start, info.nbytes, info.shape
         if index is not None:
@@ -126,7 +138,7 @@ class GGUFFile:
         raw = torch.empty(nbytes, dtype=torch.uint8)
         with open(self.path, "rb") as handle:
             read_into(handle, start, raw, f"{self.path}: tensor {name!r}")
-        return decode(raw, info.kind, shape)
+        return raw, shape
 
     def sample(self, name: str) -> Iterator[bytes]:
         """The pieces of `name` that enter the identity of its model."""

@@ -1,7 +1,8 @@
 """GGUF tensor types, decoded by vectorised torch.
 
 Block types hold 32 or 256 consecutive weights of a row: integers of a few bits, one or two fp16 scales, and in
-the K types small integer scales of sub-blocks (formats/kquant.py; their bytes are in gguf_pack.py). The order of the
+the K types small integer scales of sub-blocks (formats/kquant.py; their bytes are in gguf_pack.py). I-quants name
+vectors of a list instead (gguf_iquants.py); they are read, not written. The order of the
 floating-point operations is that of ggml's reference decoder, so values agree bit for bit. Temporaries are a
 few times the size of the output, so a large tensor is decoded in pieces.
 """
@@ -13,6 +14,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from fewbits.checkpoints import gguf_iquants
+from fewbits.checkpoints.gguf_iquants import DECODERS
 from fewbits.checkpoints.gguf_pack import from_blocks
 from fewbits.core.errors import Unsupported
 from fewbits.formats import parse_format
@@ -35,7 +38,7 @@ class BlockType:
 
     @property
     def readable(self) -> bool:
-        return self.values == 1 or self.format is not None
+        return self.values == 1 or self.format is not None or self.name in DECODERS
 
 
 TYPES: dict[int, BlockType] = {
@@ -55,15 +58,16 @@ TYPES: dict[int, BlockType] = {
     17: BlockType(name="IQ2_XS", values=256, nbytes=74),
     18: BlockType(name="IQ3_XXS", values=256, nbytes=98),
     19: BlockType(name="IQ1_S", values=256, nbytes=50),
-    20: BlockType(name="IQ4_NL", values=32, nbytes=18),
+    20: BlockType(name="IQ4_NL", values=32, nbytes=18, format="iq4_nl"),
     21: BlockType(name="IQ3_S", values=256, nbytes=110),
     22: BlockType(name="IQ2_S", values=256, nbytes=82),
     23: BlockType(name="IQ4_XS", values=256, nbytes=136),
     29: BlockType(name="IQ1_M", values=256, nbytes=56),
     30: BlockType(name="BF16", values=1, nbytes=2, dtype=torch.bfloat16),
-    34: BlockType(name="TQ1_0", values=256, nbytes=54),
-    35: BlockType(name="TQ2_0", values=256, nbytes=66),
-    39: BlockType(name="MXFP4", values=32, nbytes=17),
+    34: BlockType(name="TQ1_0", values=256, nbytes=54, format="tq1_0"),
+    35: BlockType(name="TQ2_0", values=256, nbytes=66, format="tq2_0"),
+    39: BlockType(name="MXFP4", values=32, nbytes=17, format="mxfp4"),
+    40: BlockType(name="NVFP4", values=64, nbytes=36),  # its tensors' scales are tensors of their own: not read
 }
 
 
@@ -79,12 +83,14 @@ def decode(raw: Tensor, kind: BlockType, shape: tuple[int, ...]) -> Tensor:
     """
     if kind.values == 1:
         return raw.view(kind.dtype).reshape(shape)
-    if kind.format is None:
+    if not kind.readable:
         raise Unsupported(f"GGUF type {kind.name} cannot be decoded; fewbits reads {', '.join(readable())}")
-    format = parse_format(kind.format)
     blocks = raw.reshape(-1, kind.nbytes)
     out = torch.empty(len(blocks), kind.values, dtype=kind.dtype)
     for start in range(0, len(blocks), CHUNK_BLOCKS):
         piece = slice(start, start + CHUNK_BLOCKS)
-        out[piece] = from_blocks(format, blocks[piece]).dequantize()
+        if kind.format is None:
+            out[piece] = gguf_iquants.decode(kind.name, blocks[piece])
+        else:
+            out[piece] = from_blocks(parse_format(kind.format), blocks[piece]).dequantize()
     return out.reshape(shape)

@@ -18,18 +18,29 @@ from torch import Tensor
 from fewbits.core.errors import BadInput, Unsupported
 
 ROPE_TENSOR = "rope_freqs.weight"
+ROPE_LONG, ROPE_SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+ROPE_TENSORS = (ROPE_TENSOR, ROPE_LONG, ROPE_SHORT)
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
 }
+_GEMMA_PERIODS = {"gemma2": 2, "gemma3_text": 6}  # of layers with full attention; the others see a window
+_GEMMA_LARGEST = {"gemma2": 46, "gemma3_text": 62}  # blocks of the size whose attention scales by width / heads
 _TOKEN_IDS = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",
     "eos_token_id": "tokenizer.ggml.eos_token_id",
     "pad_token_id": "tokenizer.ggml.padding_token_id",
 }
+
+
+MAX_BLOCKS = 1 << 12
 
 
 class Keys:
@@ -94,9 +105,13 @@ def build_config(
         "tie_word_embeddings": shape("output.weight") is None,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    config["rope_parameters"] = _rope(keys, config["head_dim"], shape, read)
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # where readers older than transformers 5 look
+    rope = _rope(keys, config["head_dim"], shape, read)
+    config["rope_parameters"] = rope
+    config["rope_theta"] = rope["rope_theta"]  # where readers older than transformers 5 look
     config.update(_family_fields(keys, family, shape))
+    if family == "gemma3_text":
+        window = {"rope_type": "default", "rope_theta": keys.real("rope.freq_base_swa", 10000.0)}
+        config["rope_parameters"] = {"full_attention": rope, "sliding_attention": window}
     config.update(token_ids(keys.metadata))
     return config
 
@@ -111,6 +126,10 @@ def token_ids(metadata: dict[str, Any]) -> dict[str, int]:
 def _family_fields(keys: Keys, family: str, shape: Callable[[str], tuple[int, ...] | None]) -> dict[str, Any]:
     if family == "qwen2":
         return {"use_sliding_window": False}
+    if family.startswith("gemma"):
+        return _gemma_fields(keys, family)
+    if family == "phi3":
+        return _phi3_fields(keys)
     if family == "mixtral":
         return {
             "num_local_experts": keys.size("expert_count"),
@@ -131,6 +150,42 @@ def _family_fields(keys: Keys, family: str, shape: Callable[[str], tuple[int, ..
     return fields
 
 
+def _gemma_fields(keys: Keys, family: str) -> dict[str, Any]:
+    """What Gemma adds; llama.cpp itself knows the pattern of windows and the scale of attention."""
+    act = "gelu_pytorch_tanh"
+    if family == "gemma":
+        return {"hidden_act": act, "hidden_activation": act, "attention_bias": False}
+    blocks, period = keys.size("block_count"), _GEMMA_PERIODS[family]
+    if blocks > MAX_BLOCKS:
+        raise BadInput(f"{keys.path}: {blocks} blocks; at most {MAX_BLOCKS} are allowed")
+    width = keys.size("attention.key_length", 256)
+    largest = blocks == _GEMMA_LARGEST[family]
+    scalar = keys.size("embedding_length") // keys.size("attention.head_count") if largest else width
+    fields: dict[str, Any] = {
+        "hidden_activation": act,
+        "attention_bias": False,
+        "query_pre_attn_scalar": scalar,
+        "sliding_window": keys.size("attention.sliding_window", 4096),
+        "layer_types": ["sliding_attention" if (n + 1) % period else "full_attention" for n in range(blocks)],
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    }
+    if family == "gemma2":
+        fields["attn_logit_softcapping"] = keys.real("attn_logit_softcapping", 50.0)
+        fields["final_logit_softcapping"] = keys.real("final_logit_softcapping", 30.0)
+    return fields
+
+
+def _phi3_fields(keys: Keys) -> dict[str, Any]:
+    length = keys.get("rope.scaling.original_context_length") or keys.size("context_length")
+    window = keys.get("attention.sliding_window")
+    return {
+        "original_max_position_embeddings": length,
+        "sliding_window": window if type(window) is int and window > 0 else None,
+        "pad_token_id": None,
+    }
+
+
 def _rope(
     keys: Keys, width: int, shape: Callable[[str], tuple[int, ...] | None], read: Callable[[str], Tensor]
 ) -> dict[str, Any]:
@@ -138,6 +193,11 @@ def _rope(
     default = {"rope_type": "default", "rope_theta": theta}
     if shape(ROPE_TENSOR) is not None:
         return default | _llama3(keys, read(ROPE_TENSOR), theta, width)
+    rotated = keys.size("rope.dimension_count", width)
+    if rotated != width:
+        default["partial_rotary_factor"] = rotated / width
+    if shape(ROPE_LONG) is not None and shape(ROPE_SHORT) is not None:
+        return default | _longrope(keys, read(ROPE_LONG), read(ROPE_SHORT), rotated)
     kind = keys.get("rope.scaling.type", "none")
     if kind == "none" or (kind == "linear" and keys.get("rope.scaling.factor") in (None, 0.0, 1.0)):
         return default
@@ -148,6 +208,22 @@ def _rope(
         length = keys.get("rope.scaling.original_context_length")
         scaled["original_max_position_embeddings"] = length or keys.size("context_length")
     return scaled
+
+
+def _longrope(keys: Keys, long: Tensor, short: Tensor, rotated: int) -> dict[str, Any]:
+    """Phi-3's factors of each frequency, for long and for short texts."""
+    for factors in (long, short):
+        if factors.shape != (rotated // 2,) or not bool((factors.isfinite() & (factors > 0)).all()):
+            raise BadInput(f"{keys.path}: rotary factors {tuple(factors.shape)}; {rotated // 2} positive ones needed")
+    length = keys.size("rope.scaling.original_context_length", keys.size("context_length"))
+    return {
+        "rope_type": "longrope",
+        "long_factor": [float(f"{value:.7g}") for value in long.float().tolist()],
+        "short_factor": [float(f"{value:.7g}") for value in short.float().tolist()],
+        "original_max_position_embeddings": length,
+        "factor": max(1.0, keys.size("context_length") / length),
+        "attention_factor": keys.real("rope.scaling.attn_factor", 1.0),
+    }
 
 
 def _llama3(keys: Keys, divisors: Tensor, theta: float, width: int) -> dict[str, Any]:
@@ -161,13 +237,13 @@ def _llama3(keys: Keys, divisors: Tensor, theta: float, width: int) -> dict[str,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": original,
         }
-        expected = _llama3_divisors(found, theta, width)
+        expected = llama3_divisors(found, theta, width)
         if expected.shape == divisors.shape and torch.allclose(expected, divisors, rtol=1e-4):
             return found
     raise Unsupported(f"{keys.path}: the rotary frequencies in {ROPE_TENSOR!r} follow no scheme fewbits knows")
 
 
-def _llama3_divisors(found: dict[str, Any], theta: float, width: int) -> Tensor:
+def llama3_divisors(found: dict[str, Any], theta: float, width: int) -> Tensor:
     """1 for short wavelengths, `factor` for long ones, between them 1 / (a mean of 1/factor and 1)."""
     wavelengths = 2 * math.pi * theta ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
     ratio = found["original_max_position_embeddings"] / wavelengths

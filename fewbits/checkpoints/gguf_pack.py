@@ -13,6 +13,13 @@ have bytes of their own. With q[i] the code of weight i (levels counted from the
 | q4_k | d, dmin, 12: scales and minima of 6 bits, 128: nibbles |
 | q5_k | d, dmin, 12, 32: fifth bits, 128: nibbles |
 | q6_k | 128: low nibbles, 64: high bit pairs, 16: int8 scales, d |
+| iq4_nl | d, 16: nibbles of weights 0-15 low, 16-31 high |
+| tq1_0 | 32, 16, 4: five (in the last four bytes four) ternary digits a byte, d |
+| tq2_0 | 64: bit pairs, d |
+| mxfp4 | exponent, 16: nibbles of weights 0-15 low, 16-31 high, each a sign over an index into E2M1's magnitudes |
+
+A ternary byte holds n = 81 a + 27 b + 9 c + 3 d + e as ceil(256 n / 243): a fraction, whose digits come out one by one
+as the carry of a multiplication by 3.
 
 A plane of width b is a matrix [chunks, runs, length]: run r of a chunk lies at bit b * r of its `length` bytes.
 Source: ggml-common.h and the decoders of gguf-py.
@@ -72,12 +79,17 @@ _LAYOUTS: dict[str, list[tuple[str | Plane, int]]] = {
     "q4_k": [("d", 2), ("m", 2), ("scales6", 12), (_NIBBLES, 128)],
     "q5_k": [("d", 2), ("m", 2), ("scales6", 12), (Plane(4, 1, 32), 32), (_NIBBLES, 128)],
     "q6_k": [(Plane(0, 4, 64), 128), (Plane(4, 2, 32), 64), ("scales8", 16), ("d", 2)],
+    "iq4_nl": [("d", 2), (Plane(0, 4, 16), 16)],
+    "tq1_0": [("trits", 52), ("d", 2)],
+    "tq2_0": [(_PAIRS, 64), ("d", 2)],
 }
+MXFP4_BYTES = 17
+_TRITS = ((32, 5), (16, 5), (4, 4))  # bytes of a run, digits in each
 
 
 def _layout(format: Format) -> tuple[BlockFormat, list[tuple[str | Plane, int]]]:
     if not isinstance(format, BlockFormat):
-        raise Unsupported(f"{format.name} has no GGUF type; those that have: {', '.join(_LAYOUTS)}")
+        raise Unsupported(f"{format.name} has no GGUF type; those that have: {', '.join(_LAYOUTS)}, mxfp4")
     return format, _LAYOUTS[format.name]
 
 
@@ -88,6 +100,8 @@ def block_bytes(format: Format) -> int:
 
 def to_blocks(weight: Quantized) -> Tensor:
     """uint8 [out, bytes]: each row as GGUF blocks, one after another."""
+    if weight.format.name == "mxfp4":
+        return _mxfp4_blocks(weight)
     format, layout = _layout(weight.format)
     state = weight.to_state()
     rows, columns = weight.shape
@@ -106,6 +120,8 @@ def to_blocks(weight: Quantized) -> Tensor:
             parts.append(_pack_bits(codes >> 4))
         elif part == "int8":
             parts.append(codes ^ 128)
+        elif part == "trits":
+            parts.append(_pack_trits(codes))
         else:
             parts.append(_pack_scales(part, scales, minima))
     return torch.cat(parts, dim=1).view(rows, -1)
@@ -113,6 +129,8 @@ def to_blocks(weight: Quantized) -> Tensor:
 
 def from_blocks(format: Format, blocks: Tensor) -> Quantized:
     """The inverse of `to_blocks`, from uint8 [out, bytes]."""
+    if format.name == "mxfp4":
+        return _from_mxfp4(format, blocks)
     format, layout = _layout(format)
     size = block_bytes(format)
     if blocks.dim() != 2 or blocks.dtype != torch.uint8 or blocks.shape[1] % size:
@@ -133,13 +151,60 @@ def from_blocks(format: Format, blocks: Tensor) -> Quantized:
             codes |= _unpack_bits(piece) << 4
         elif part == "int8":
             codes = piece ^ 128
+        elif part == "trits":
+            codes = _unpack_trits(piece)
         else:
             scales, minima = _unpack_scales(part, piece)
             state["scale"] = packing.pack(scales.view(rows, -1), format.scales.bits)
             if minima is not None:
                 state["minimum"] = packing.pack(minima.view(rows, -1), format.scales.bits)
+    if format.name == "tq2_0" and bool((codes > 2).any()):
+        raise BadInput("a TQ2_0 block has the code 3, which stands for no ternary digit: the file is damaged")
     scale, zero = format.unsettle((rows, columns), state)
     return Quantized(format=format, codes=codes.view(rows, columns), scale=scale, zero=zero, stored=state)
+
+
+def _mxfp4_blocks(weight: Quantized) -> Tensor:
+    """MXFP4 has no `BlockFormat`: its scales are exponents, and its code 8, minus zero, is no level of ours."""
+    rows, columns = weight.shape
+    if columns % 32:
+        raise BadInput(f"input dimension {columns} is no multiple of MXFP4's 32: keep it in 16 bits")
+    rank = weight.codes.short() - len(weight.format.grid.levels) // 2
+    nibbles = (rank.abs() | ((rank < 0).short() << 3)).to(torch.uint8)
+    exponent = weight.format.settle(weight.scale, None)[2]["scale"].reshape(-1, 1)
+    return torch.cat([exponent, Plane(0, 4, 16).pack(nibbles.reshape(-1, 32))], dim=1).view(rows, -1)
+
+
+def _from_mxfp4(format: Format, blocks: Tensor) -> Quantized:
+    rows, columns = blocks.shape[0], blocks.shape[1] // MXFP4_BYTES * 32
+    exponent, packed = blocks.reshape(-1, MXFP4_BYTES).split([1, 16], dim=1)
+    if bool((exponent == 255).any()):
+        raise BadInput("an MXFP4 scale has the exponent 255, which is NaN: the file is damaged")
+    nibbles = Plane(0, 4, 16).unpack(packed.contiguous()).short()
+    rank = torch.where(nibbles >= 8, -(nibbles & 7), nibbles)
+    codes = (rank + len(format.grid.levels) // 2).to(torch.uint8).view(rows, columns)
+    scale, zero = format.unsettle((rows, columns), {"scale": exponent.reshape(rows, -1)})
+    return Quantized(format=format, codes=codes, scale=scale, zero=zero)
+
+
+def _pack_trits(codes: Tensor) -> Tensor:
+    parts, start = [], 0
+    for length, digits in _TRITS:
+        run = codes[:, start : start + length * digits].view(-1, digits, length).short()
+        weights = torch.tensor([81, 27, 9, 3, 1][:digits], dtype=torch.int16)[:, None]
+        number = (run * weights).sum(dim=1)
+        parts.append(((number.int() * 256 + 242) // 243).to(torch.uint8))
+        start += length * digits
+    return torch.cat(parts, dim=1)
+
+
+def _unpack_trits(packed: Tensor) -> Tensor:
+    parts = []
+    for piece, (_, digits) in zip(packed.split([length for length, _ in _TRITS], dim=1), _TRITS, strict=True):
+        powers = torch.tensor([1, 3, 9, 27, 81][:digits], dtype=torch.int32)[:, None]
+        left = (piece[:, None].int() * powers) & 255
+        parts.append(((left * 3) >> 8).to(torch.uint8).flatten(1))
+    return torch.cat(parts, dim=1)
 
 
 def _unit(format: BlockFormat, state: State, prefix: str) -> Tensor | None:

@@ -23,8 +23,9 @@ from fewbits.checkpoints import base
 from fewbits.checkpoints.base import TensorInfo, no_such_tensor
 from fewbits.checkpoints.gguf import GGUFFile
 from fewbits.checkpoints.gguf_blocks import readable
-from fewbits.checkpoints.gguf_config import ROPE_TENSOR, Keys, build_config, token_ids
+from fewbits.checkpoints.gguf_config import ROPE_TENSORS, Keys, build_config, token_ids
 from fewbits.checkpoints.gguf_tokenizer import build_tokenizer
+from fewbits.checkpoints.gguf_write import Typed
 from fewbits.checkpoints.safetensors_source import check_tokenizer, count_blocks
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.models.topology import Topology, gguf_topology, topologies
@@ -80,13 +81,20 @@ class GGUFSource:
 
     def tensor(self, name: str) -> torch.Tensor:
         stored, expert = self._place(name)
-        value = self.file.tensor(stored, expert)
-        module, _, _ = name.rpartition(".")
-        kind = module.rpartition(".")[2]
-        if any(name.endswith((f".{part}.weight", f".{part}.bias")) for part in self._permuted()):
-            heads = "num_attention_heads" if kind == "q_proj" else "num_key_value_heads"
-            value = undo_rotary_order(value, self._config[heads])
-        return value
+        value = self._reordered(name, self.file.tensor(stored, expert))
+        offset = self.topology.gguf.norm_offset if self.topology.gguf else 0.0
+        return value - offset if offset and name.rpartition(".")[0].endswith("norm") else value
+
+    def rows(self, name: str) -> torch.Tensor:
+        """The bytes of matrix `name` as they are stored, uint8 [rows, bytes of a row], rows in our order."""
+        stored, expert = self._place(name)
+        return self._reordered(name, self.file.rows(stored, expert))
+
+    def _reordered(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        if not any(name.endswith((f".{part}.weight", f".{part}.bias")) for part in self._permuted()):
+            return value
+        heads = "num_attention_heads" if ".q_proj." in name else "num_key_value_heads"
+        return undo_rotary_order(value, self._config[heads])
 
     @cached_property
     def identity(self) -> str:
@@ -102,6 +110,12 @@ class GGUFSource:
         tokenizer = build_tokenizer(self.file.metadata, self.path, self._config["max_position_embeddings"])
         check_tokenizer(self.path, tokenizer, self._config["vocab_size"])
         return tokenizer
+
+    def tokenizer_metadata(self) -> dict[str, Any]:
+        """The file's own ``tokenizer.*`` keys, for a GGUF file made from it: nothing is lost on the way."""
+        keys = {key: value for key, value in self.file.metadata.items() if key.startswith("tokenizer.")}
+        kinds = {"tokenizer.ggml.token_type": "i32", "tokenizer.ggml.precompiled_charsmap": "u8"}
+        return {key: Typed(value, kinds[key]) if key in kinds else value for key, value in keys.items()}
 
     def _find_topology(self, keys: Keys) -> Topology:
         architecture = keys.architecture
@@ -129,7 +143,7 @@ class GGUFSource:
         dropped: dict[str, str] = {}
         for stored in self.file.tensors:
             targets = self._targets(stored)
-            if stored == ROPE_TENSOR:
+            if stored in ROPE_TENSORS:
                 dropped[stored] = "rotary frequencies, expressed in config.json"
             elif not targets:
                 raise Unsupported(

@@ -209,7 +209,7 @@ def write_stream(
     ordered = sorted(items, key=lambda item: -item[1].itemsize)
     header = _header_bytes(ordered, metadata)
     total = 8 + len(header)
-    with _explain_full_disk(path), atomic_path(path) as temporary, open(temporary, "wb") as handle:
+    with explain_full_disk(path), atomic_path(path) as temporary, open(temporary, "wb") as handle:
         handle.write(len(header).to_bytes(8, "little"))
         handle.write(header)
         for name, dtype, shape, provider in ordered:
@@ -244,7 +244,8 @@ def _raw_bytes(name: str, dtype: torch.dtype, shape: tuple[int, ...], tensor: to
 
 
 @contextlib.contextmanager
-def _explain_full_disk(path: str | os.PathLike[str]) -> Iterator[None]:
+def explain_full_disk(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns "no space left" while `path` is written into an error that says what to do."""
     try:
         yield
     except OSError as error:

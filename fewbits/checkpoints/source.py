@@ -2,7 +2,7 @@
 
     demo                 the embedded model (models/demo.py)
     a .gguf file         gguf_source.py
-    a directory          safetensors_source.py
+    a directory          safetensors_source.py; gguf_source.py where a .gguf file is the model in it
     owner/name           hub.py, then as a directory
 
 Looked up in that order; what is none of these is an error that says so.
@@ -45,6 +45,13 @@ class DemoSource(GGUFSource):
         value = super().tensor(name).float()
         return value if self._orders is None else reorder(name, value, self._orders)
 
+    def rows(self, name: str) -> torch.Tensor:
+        if self._orders is not None:
+            raise Unsupported(
+                f"{self.path}: its hidden units are re-ordered, so its blocks are no blocks of the file's"
+            )
+        return super().rows(name)
+
 
 def open_source(model: str | os.PathLike[str], *, allow_quantized: bool = False, revision: str | None = None) -> Source:
     """Opens `model`: "demo", a directory of safetensors, a GGUF file or a hub id.
@@ -60,6 +67,9 @@ def open_source(model: str | os.PathLike[str], *, allow_quantized: bool = False,
     if path.is_file():
         return _open_file(name, path)
     if path.is_dir():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) == 1 and not (path / "config.json").exists():
+            return GGUFSource(str(files[0]))
         return SafetensorsSource(name, allow_quantized=allow_quantized)
     if is_hub_id(name):
         source = SafetensorsSource(str(download(name, revision)), allow_quantized=allow_quantized)

@@ -31,7 +31,12 @@ COMMON_FORMATS = (
 # What no codec of quantized models is for.
 CHECKPOINTS: tuple[Row, ...] = (
     {"checkpoint": "safetensors", "reads": "yes", "writes": "-", "holds": "dense float32, bfloat16, float16"},
-    {"checkpoint": "gguf", "reads": "yes", "writes": "-", "holds": "dense and block types, decoded to dense"},
+    {
+        "checkpoint": "gguf",
+        "reads": "yes",
+        "writes": "yes",
+        "holds": "legacy, K and ternary types, IQ4_NL, MXFP4; i-quants are read only; runs in llama.cpp",
+    },
 )
 
 

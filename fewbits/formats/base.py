@@ -168,6 +168,10 @@ class Format:
         """Whether each row is quantized as if it were alone, so that rows may be stacked and taken apart."""
         return self.scaling.rowwise and not self.fit
 
+    def fitting(self, columns: int) -> Format:
+        """This format, or the one to take in its place for rows of `columns` that its blocks do not divide."""
+        return self
+
     def with_scale_dtype(self, dtype: torch.dtype) -> Format:
         """This format with plain scales stored as `dtype` (float32, float16 or bfloat16).
 

@@ -134,6 +134,11 @@ class BlockFormat(Format):
         rows, groups = self.parameter_shape(shape)
         return {**super().layout(shape), **(self.minima.layout(rows, groups) if self.affine else {})}
 
+    def fitting(self, columns: int) -> Format:
+        if columns % self.block == 0 or columns % 32 or not self.fallback:
+            return self
+        return _format(self.fallback, *_TYPES[self.fallback])
+
     def check_shape(self, w: Tensor, name: str = "weight") -> None:
         if w.dim() == 2 and w.shape[1] % self.block:
             way = f"use {self.fallback}" if w.shape[1] % 32 == 0 else "keep it in 16 bits"

@@ -29,6 +29,7 @@ from fewbits.core.errors import BadInput, nearest_first, unknown
 from fewbits.formats.base import Format, Scaling
 from fewbits.formats.best_minifloat import BestMinifloat
 from fewbits.formats.elements import ELEMENTS, NARROW, UNSIGNED
+from fewbits.formats.ggml_tables import FORMATS as GGML_TABLES
 from fewbits.formats.grid import Grid
 from fewbits.formats.kquant import FORMATS as GGUF
 from fewbits.formats.nvfp4 import LIMIT, FourOverSix
@@ -66,6 +67,7 @@ NAMED: dict[str, str | Callable[[], Format]] = {
     "nvfp4_4over6": _four_over_six,
     "fp8_block": "fp8_e4m3-tile128",
     **GGUF,
+    **GGML_TABLES,
 }
 
 

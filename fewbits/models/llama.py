@@ -34,7 +34,12 @@ LLAMA = Topology(
     name="llama",
     model_types=("llama", "mistral", "smollm3", "granite", "ministral", "seed_oss"),
     norms=NORMS,
-    gguf=GGUFLayout(architecture="llama", names=GGUF_ATTENTION + GGUF_MLP, permuted=ROTARY_PERMUTED),
+    gguf=GGUFLayout(
+        architecture="llama",
+        names=GGUF_ATTENTION + GGUF_MLP,
+        permuted=ROTARY_PERMUTED,
+        writes=("llama", "mistral"),  # the others have architectures of their own there
+    ),
 )
 QWEN2 = Topology(
     name="qwen2",

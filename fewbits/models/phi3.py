@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fewbits.models.topology import Topology
+from fewbits.models.topology import GGUFLayout, Topology
 
 PHI3 = Topology(
     name="phi3",
@@ -14,4 +14,15 @@ PHI3 = Topology(
     products=(("*up_proj", "*down_proj"),),
     value_output=None,
     shared_inputs=(("qkv_proj",), ("o_proj",), ("gate_up_proj",), ("down_proj",)),
+    gguf=GGUFLayout(
+        architecture="phi3",
+        names=(
+            ("attn_norm", "input_layernorm"),
+            ("attn_qkv", "self_attn.qkv_proj"),
+            ("attn_output", "self_attn.o_proj"),
+            ("ffn_norm", "post_attention_layernorm"),
+            ("ffn_up", "mlp.gate_up_proj"),
+            ("ffn_down", "mlp.down_proj"),
+        ),
+    ),
 )

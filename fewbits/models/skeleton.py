@@ -79,8 +79,7 @@ def _make_computed_buffers_real(model: Any) -> None:
         fill = float("nan") if buffer.is_floating_point() else 0
         owners[module].register_buffer(leaf, torch.full_like(buffer, fill, device="cpu"), persistent=False)
     for module in {name.rpartition(".")[0] for name, _ in computed}:
-        if not any(True for _ in owners[module].parameters(recurse=False)):
-            model._init_weights(owners[module])
+        model._init_weights(owners[module])  # its parameters, if any, are on the meta device: nothing is drawn
     for name, buffer in model.named_non_persistent_buffers():
         if buffer.is_floating_point() and bool(buffer.isnan().any()):
             raise Unsupported(f"{type(model).__name__}: transformers does not compute the buffer {name} on request")

@@ -48,6 +48,9 @@ class GGUFLayout:
     names: tuple[tuple[str, str], ...]
     experts: tuple[tuple[str, str], ...] = ()  # 3-D GGUF tensor -> expert part
     permuted: tuple[str, ...] = ()
+    writes: tuple[str, ...] | None = None  # model types that llama.cpp computes so; None: all of the family
+    norm_offset: float = 0.0  # what GGUF's norm weights have more than the model's
+    activation: tuple[str, ...] = ("silu", "swish")  # the one llama.cpp computes, by its names in config.json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,9 @@ TOPOLOGIES = Registry(
         "qwen3": "fewbits.models.llama:QWEN3",
         "olmo2": "fewbits.models.llama:OLMO2",
         "phi3": "fewbits.models.phi3:PHI3",
+        "gemma": "fewbits.models.gemma:GEMMA",
+        "gemma2": "fewbits.models.gemma:GEMMA2",
+        "gemma3_text": "fewbits.models.gemma:GEMMA3",
         "qwen3_moe": "fewbits.models.moe:QWEN3_MOE",
         "qwen2_moe": "fewbits.models.moe:QWEN2_MOE",
         "olmoe": "fewbits.models.moe:OLMOE",

@@ -262,7 +262,7 @@ class _Probe:
 
     def refuses(self, candidate: Candidate) -> str | None:
         prefix = self.shell.blocks[self.index][0]
-        formats = [self.real.weights(f"{prefix}.{ref.name}") for ref in self.chosen[self.index]]
+        formats = [self.real.weights(f"{prefix}.{ref.name}", ref.shape[1]) for ref in self.chosen[self.index]]
         return refuses(candidate, formats, known_family=self.shell.topology is not None)
 
 

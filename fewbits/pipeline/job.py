@@ -27,7 +27,7 @@ from fewbits.planner.plan import Plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LEARNED_TEXT = 3  # times the windows, by default, for methods that learn
-CHECKPOINT_FORMATS = ("auto", "compressed-tensors", "native")
+CHECKPOINT_FORMATS = ("auto", "compressed-tensors", "native", "gguf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +69,11 @@ class Job:
             self, choice=choice, recipe=found.recipe, sequential=found.sequential, calibration=text
         )
 
-    def weights(self, name: str) -> Format:
-        """The format of the linear called `name` in the model."""
+    def weights(self, name: str, columns: int) -> Format:
+        """The format of the linear called `name` in the model, with so many inputs."""
         if self.plan is None:
-            return self.scheme.weights
-        return parse_format(self.plan.layers[name]).with_scale_dtype(self.dtype)
+            return self.scheme.weights.fitting(columns)
+        return parse_format(self.plan.layers[name]).with_scale_dtype(self.dtype).fitting(columns)
 
     def residual(self, shape: tuple[int, int]) -> LowRankSpec | None:
         """What a linear of `shape` (out, in) gets beside its codes."""

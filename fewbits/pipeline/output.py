@@ -193,16 +193,18 @@ def write_card(directory: Path, certificate: dict[str, Any]) -> None:
         ]
     if not measured:
         lines.append("| measured | no: quantized with evaluation switched off |")
-    native = certificate["checkpoint_format"] == "fewbits"
-    lines += ["", "## Loading", "", "```python"]
-    if native:
-        lines += ["import fewbits  # registers the format with transformers"]
-    lines += [
+    lines += ["", "## Loading", "", *_loading(certificate["checkpoint_format"])]
+    lines += ["", "`certificate.json` records how it was made and what was measured.", ""]
+    (directory / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _loading(kind: str) -> list[str]:
+    if kind == "gguf":
+        return ["```", "llama-cli -m path/to/this/directory/model.gguf -p Hello", "```"]
+    return [
+        "```python",
+        *(["import fewbits  # registers the format with transformers"] if kind == "fewbits" else []),
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")',
         "```",
-        "",
-        "`certificate.json` records how it was made and what was measured.",
-        "",
     ]
-    (directory / "README.md").write_text("\n".join(lines), encoding="utf-8")

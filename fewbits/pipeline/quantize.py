@@ -29,7 +29,7 @@ from fewbits.core.units import bytes_text
 from fewbits.formats import Format
 from fewbits.formats.outliers import OutlierSpec
 from fewbits.models.walk import linears
-from fewbits.pipeline import certificate, output
+from fewbits.pipeline import certificate, gguf_output, output
 from fewbits.pipeline.auto import choose
 from fewbits.pipeline.block import Layer
 from fewbits.pipeline.job import Job, ignored, prepare
@@ -213,7 +213,7 @@ def _modules(job: Job, shell: ModelShell, chosen: list[list[Ref]]) -> dict[str, 
     modules = {}
     for (prefix, _), refs in zip(shell.blocks, chosen, strict=True):
         for ref in refs:
-            format = job.weights(f"{prefix}.{ref.name}")
+            format = job.weights(f"{prefix}.{ref.name}", ref.shape[1])
             scaling = format.scaling
             size = scaling.group_size if scaling.block == "group" else None
             if size is not None and size > ref.shape[1]:
@@ -231,12 +231,16 @@ def _checkpoint_kind(job: Job, modules: dict[str, tuple[tuple[int, int], Format]
         for shape, format in modules.values()
         if (reason := compressed_tensors.refuses(format, job.scheme.activations, shape))
     }
+    coded = len(said)  # the reasons so far are of formats, the ones to come of what goes beside them
     if job.input_hadamard:
         said["it has no entry for inputs that are transformed as the model runs"] = job.recipe.name
     if any(job.residual(shape) for shape, _ in modules.values()):
         said["it has no entry for a residual beside the codes"] = job.recipe.name
     if getattr(job.recipe.weights, "keeps_outliers", False):
         said["it has no entry for columns in 16 bits"] = job.recipe.name
+    if job.checkpoint_format == gguf_output.KIND:
+        gguf_output.check(job, modules, list(said)[coded:])
+        return gguf_output.KIND
     mixed = compressed_tensors.refuses_mix(format for _, format in modules.values())
     if job.checkpoint_format == "native" or ((said or mixed) and job.checkpoint_format == "auto"):
         return native.QUANT_METHOD
@@ -311,6 +315,10 @@ def _assemble(
         job.dtype,
     )
     items = [*kept, *solved]
+    if kind == gguf_output.KIND:
+        size = gguf_output.write(directory, job, items, modules)
+        _certify(job, journal, kind, account, size, evaluations, started)
+        return
     size = output.write_shards(directory, items)
     if kind == compressed_tensors.QUANT_METHOD:
         ignore = _linear_names(shell) - set(modules)
@@ -333,12 +341,24 @@ def _assemble(
         )
     output.write_config(directory, job.source, job.dtype, config)
     output.write_companions(directory, job.source)
+    _certify(job, journal, kind, account, size, evaluations, started)
+
+
+def _certify(
+    job: Job,
+    journal: Journal,
+    kind: str,
+    account: list[dict[str, Any]],
+    size: int,
+    evaluations: list[dict[str, Any]],
+    started: float,
+) -> None:
     found = certificate.build(
-        job, kind, [record for index in range(len(blocks)) for record in journal.records(index)],
+        job, kind, [record for index in range(journal.finished()) for record in journal.records(index)],
         account, size, evaluations, journal.fingerprint, time.time() - started,
     )  # fmt: skip
-    certificate.write(directory, found)
-    output.write_card(directory, found)
+    certificate.write(journal.final, found)
+    output.write_card(journal.final, found)
 
 
 def _outliers(shell: ModelShell, records: Sequence[dict[str, Any]]) -> dict[str, OutlierSpec]:

@@ -65,8 +65,9 @@ def solve_and_advance(
         targets = advanced("reference") if reference else []
         weights = {id(ref.holder) for ref in refs}
         round_parameters((p for p in block.parameters() if id(p) not in weights), job.dtype)
+        formats = {ref.name: job.weights(f"{prefix}.{ref.name}", ref.shape[1]) for ref in refs}
         layers, changed = solve_block(
-            shell, index, refs, {ref.name: job.weights(f"{prefix}.{ref.name}") for ref in refs}, job.recipe,
+            shell, index, refs, formats, job.recipe,
             streams["calibration"], reference, targets, sequential=job.sequential, experts=job.experts,
             activations=job.scheme.activations, act_range=job.act_range or "absmax", scale_dtype=job.dtype,
         )  # fmt: skip

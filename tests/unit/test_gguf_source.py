@@ -228,13 +228,13 @@ def test_what_cannot_be_read_is_refused_with_the_way_out(tmp_path: Path) -> None
         open_source(write_minimal(tmp_path / "c.gguf", blk__0__attn_q__weight=strange))
     writer = gguf.GGUFWriter(tmp_path / "d.gguf", "llama")
     describe(writer, FAMILIES["llama"][1])
-    kind = gguf.GGMLQuantizationType.IQ4_NL
+    kind = gguf.GGMLQuantizationType.NVFP4
     writer.add_tensor("token_embd.weight", np.zeros((300, 36), dtype=np.uint8), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(Unsupported, match=r"IQ4_NL.*Q4_K"):
+    with pytest.raises(Unsupported, match=r"NVFP4.*Q4_K"):
         open_source(tmp_path / "d.gguf")
 
 
