@@ -54,24 +54,15 @@ class LLMInt8:
     def solve(self, weight: Tensor, format: Format, inputs: Inputs, name: str) -> Solved:
         format.check(weight, name)
         original = self.weights == "original"
-        columns, notes = self._columns(inputs)
         if not self.fixed:
             outliers = Outliers(threshold=self.threshold, weight=in_sixteen(weight) if original else None)
-            return Solved(quantized=format.quantize(weight, name), outliers=outliers, notes=notes)
-        if columns is None:
+            return Solved(quantized=format.quantize(weight, name), outliers=outliers)
+        if inputs.max_abs is None or not inputs.tokens:
             raise BadInput(f"{name}: fixed outlier columns need calibration text; pass some, or use fixed=false")
+        columns = (inputs.max_abs >= self.threshold).nonzero().flatten()
         if not len(columns):
             return Solved(quantized=format.quantize(weight, name))
         kept = in_sixteen(weight[:, columns]) if original else None
         rest = weight if kept is None else without(weight, columns)
         outliers = Outliers(threshold=self.threshold, columns=columns.to(torch.int32), weight=kept)
-        return Solved(quantized=format.quantize(rest, name), outliers=outliers, notes=notes)
-
-    def _columns(self, inputs: Inputs) -> tuple[Tensor | None, list[str]]:
-        """The outlier channels of the calibration text, and a line that counts them."""
-        if inputs.max_abs is None or not inputs.tokens:
-            return None, []
-        columns = (inputs.max_abs >= self.threshold).nonzero().flatten()
-        when = "" if self.fixed else " with the calibration text"
-        notes = [f"llm_int8: {len(columns)} of {len(inputs.max_abs)} input channels in 16 bits{when}"]
-        return columns, notes if len(columns) else []
+        return Solved(quantized=format.quantize(rest, name), outliers=outliers)

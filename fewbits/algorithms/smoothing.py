@@ -79,14 +79,11 @@ class SmoothQuant:
             lines = ["smoothquant: no table says what feeds the linears of this family; nothing was smoothed"]
             return Transformed(notes={first: lines})
         changed: set[str] = set()
-        notes: dict[str, list[str]] = {}
         for place in places:
-            alpha, s = self.best(place, block)
+            _, s = self.best(place, block)
             if s is not None:
                 changed |= place.scale(s)
-            chosen = "not smoothed" if s is None else f"alpha {alpha:g}"
-            notes.setdefault(place.stages[0].refs[0].name, []).append(f"smoothquant: {place.producer} {chosen}")
-        return Transformed(changed=frozenset(changed), notes=notes)
+        return Transformed(changed=frozenset(changed))
 
     def best(self, place: Scalable, block: Block) -> tuple[float, Tensor | None]:
         """alpha and the scales s [in]; None where nothing is better, or nothing was seen."""

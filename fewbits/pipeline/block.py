@@ -37,7 +37,7 @@ from fewbits.metrics import sqnr_db
 from fewbits.metrics.error import relative_error as weight_error
 from fewbits.metrics.estimate import finite
 from fewbits.models.walk import ExpertRef
-from fewbits.pipeline.rounding import Apart, input_ranges, quantized_activations
+from fewbits.pipeline.rounding import Apart, diagnoses, input_ranges, quantized_activations
 from fewbits.pipeline.shell import ModelShell
 
 _HISTOGRAM_BINS = 96
@@ -74,12 +74,15 @@ def solve_block(
     activations: Format | None = None,
     act_range: str = "absmax",
     scale_dtype: torch.dtype = torch.float32,
+    sample: Tensor | None = None,
 ) -> tuple[list[Layer], dict[str, Tensor]]:
     """Quantizes `refs` of block `index`, resident in `shell`; leaves the decoded weights in the block.
 
     Inputs are rounded to `activations` for every step but transforms: those must see what there is to be rounded.
     Static ones are given the range that the estimator `act_range` finds behind the transforms, their scale rounded to
     `scale_dtype`.
+
+    sample: hidden states to look at what rounding inputs costs, or None.
 
     `formats` are theirs by name; `hidden` the calibration inputs of the block, `reference` and `targets` the same
     text's inputs and outputs in the original model. Recipes that need no statistics see no text. experts: what is done
@@ -129,6 +132,7 @@ def solve_block(
             kept.update(_copies(refs))
     ranges = input_ranges(refs, forward, hidden, activations, act_range)
     states = {name: found.state(f"{prefix}.{name}", scale_dtype) for name, found in ranges.items()}
+    causes = diagnoses(refs, forward, sample, formats, activations)
     # Which columns of an input are outliers is known once its linears are solved; until then it is not rounded.
     apart: Apart | None = {} if getattr(recipe.weights, "keeps_outliers", False) else None
     with quantized_activations(refs, activations, states, apart):
@@ -147,10 +151,17 @@ def solve_block(
             )
             parts = _learned(parts, learner.learn(lesson), time.perf_counter() - started)
         layers = [_layer(part, index, prefix, notes) for part in parts]
-        return [_with_inputs(layer, states, ranges) for layer in layers], changed
+        return [_with_inputs(layer, states, ranges, causes) for layer in layers], changed
 
 
-def _with_inputs(layer: Layer, states: Mapping[str, State], ranges: Mapping[str, InputRange]) -> Layer:
+def _with_inputs(
+    layer: Layer,
+    states: Mapping[str, State],
+    ranges: Mapping[str, InputRange],
+    causes: Mapping[str, dict[str, Any]],
+) -> Layer:
+    if layer.name in causes:
+        layer = dataclasses.replace(layer, record={**layer.record, "rounding": causes[layer.name]})
     if layer.name not in states:
         return layer
     record = {**layer.record, "input_range": ranges[layer.name].describe()}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fewbits.algorithms.diagnosis import ROWS, diagnose
 from fewbits.algorithms.input_ranges import InputRange
 from fewbits.calibration.activations import watched
 from fewbits.calibration.collect import Ref, input_stages
@@ -36,6 +38,33 @@ def input_ranges(
         for batch in hidden:
             forward(batch)
     return {ref.name: found[stage[0].name] for stage in stages for ref in stage}
+
+
+def diagnoses(
+    refs: Sequence[Ref],
+    forward: Callable[[Tensor], Tensor],
+    sample: Tensor | None,
+    formats: Mapping[str, Format],
+    activations: Format | None,
+) -> dict[str, dict[str, Any]]:
+    """What rounding costs the linears that share an input (algorithms/diagnosis.py), by the name of the first of them.
+
+    sample: hidden states [1, T, H] that enter the block; None where there are none to look at.
+    """
+    if activations is None or sample is None or any(isinstance(ref, ExpertRef) for ref in refs):
+        return {}
+    stages = input_stages(refs, lambda: forward(sample))
+    seen: dict[str, Tensor] = {}
+    with watched(stages, lambda name, x: seen.setdefault(name, x.detach().reshape(-1, x.shape[-1]))):
+        forward(sample)
+    found = {}
+    for stage in stages:
+        rows = seen.get(stage[0].name)
+        if rows is not None:
+            every = max(1, len(rows) // ROWS)
+            weights = [ref.weight for ref in stage]
+            found[stage[0].name] = diagnose(rows[::every], weights, formats[stage[0].name], activations)
+    return found
 
 
 # Of a method that keeps outlier columns: those of each linear that is solved, by name.

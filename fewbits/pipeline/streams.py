@@ -39,6 +39,8 @@ def embed(job: Job, shell: ModelShell) -> Streams:
     with shell.resident_outside(head=False, round_to=job.dtype):
         streams["quantized"] = shell.embed(batches(job.probe))
         streams["calibration"] = shell.embed(batches(job.calibration))
+        if job.probe is not None and job.scheme.activations is not None:
+            shell.embed([job.probe.ids[:1]])  # blocks are run on one window too, to look at what rounding costs
     if job.recipe.statistics & {"cross", "reference"}:
         with shell.resident_outside(head=False):
             streams["reference"] = shell.embed(batches(job.calibration))
@@ -70,6 +72,7 @@ def solve_and_advance(
             shell, index, refs, formats, job.recipe,
             streams["calibration"], reference, targets, sequential=job.sequential, experts=job.experts,
             activations=job.scheme.activations, act_range=job.act_range or "absmax", scale_dtype=job.dtype,
+            sample=streams["quantized"][0][:1] if streams["quantized"] else None,
         )  # fmt: skip
         round_parameters((block.get_parameter(name) for name in changed), job.dtype)
         apart = None

@@ -15,7 +15,7 @@ from pathlib import Path
 from fewbits.core.errors import BadInput
 from fewbits.core.record import atomic_path
 from fewbits.core.units import bytes_text
-from fewbits.report import choice, plots, tables
+from fewbits.report import choice, plots, rounding, tables
 from fewbits.report.certificate import Certificate, Row, Sample, read_certificate
 from fewbits.report.loading import ways_to_load
 from fewbits.report.words import TIMES, change, esc, plus_minus
@@ -62,6 +62,7 @@ def page(certificate: Certificate, directory: Path) -> str:
             plots.error_by_kind(certificate),
             tables.layers(certificate) if certificate.layers else "",
         ),
+        section("What rounding the inputs costs", rounding.lead(certificate), rounding.layers(certificate)),
         section(
             "Learned blocks",
             "How far each block's output is from the original's, as a share of its square and the mean over tokens, on "
