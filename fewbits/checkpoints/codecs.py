@@ -36,6 +36,12 @@ CODECS = Registry(
         "gptq_v2": "fewbits.checkpoints.gptq:V2",
         "awq": "fewbits.checkpoints.awq:CODEC",
         "bitsandbytes": "fewbits.checkpoints.bitsandbytes:CODEC",
+        "fp8": "fewbits.checkpoints.fp8:CODEC",
+        "mlx": "fewbits.checkpoints.mlx:CODEC",
+        "modelopt": "fewbits.checkpoints.modelopt:CODEC",
+        "mxfp4": "fewbits.checkpoints.mxfp4:CODEC",
+        "hqq": "fewbits.checkpoints.hqq:CODEC",
+        "exl2": "fewbits.checkpoints.exl2:CODEC",
     },
 )
 

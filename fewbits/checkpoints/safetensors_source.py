@@ -70,7 +70,7 @@ class SafetensorsSource:
         self.directory = Path(path)
         if not (self.directory / "config.json").is_file():
             raise BadInput(f"{path}: not a model directory: it has no config.json")
-        self._config = read_json(self.directory / "config.json")
+        self._config = _with_side_config(read_json(self.directory / "config.json"), self.directory)
         self._files = _open_files(self.directory)
         self._where = {name: file for file, names in self._files for name in names}
         self.nbytes = sum(file.nbytes for file, _ in self._files)
@@ -156,6 +156,22 @@ class SafetensorsSource:
             raise BadInput(
                 f"{self.path}: config.json says num_hidden_layers {stated!r}, the tensors make {found} blocks"
             )
+
+
+def _with_side_config(config: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """`config` with what older writers put beside it: GPTQ's and ModelOpt's files say how weights are quantized."""
+    if config.get("quantization_config") or config.get("quantization"):
+        return config
+    if (directory / "quantize_config.json").is_file():
+        return {
+            **config,
+            "quantization_config": {"quant_method": "gptq", **read_json(directory / "quantize_config.json")},
+        }
+    if (directory / "hf_quant_config.json").is_file():
+        found = read_json(directory / "hf_quant_config.json").get("quantization")
+        if isinstance(found, dict) and found.get("quant_algo"):
+            return {**config, "quantization_config": {"quant_method": "modelopt", **found}}
+    return config
 
 
 def count_blocks(names: Iterable[str], blocks: str) -> int:

@@ -33,6 +33,7 @@ ENVIRONMENTS = {
     "fp8": ["transformers==5.23.0", TORCH],
     "mxfp4": ["transformers==5.23.0", TORCH],
     "hqq": ["hqq==0.2.8.post1", TORCH],
+    "modelopt": ["nvidia-modelopt==0.47.0", TORCH],
     "mlx": ["mlx[cpu]==0.32.4", "numpy", "safetensors", TORCH],
 }
 Case = tuple[dict[str, Any], dict[str, Any], Any]  # configuration, tensors by name, expected weight
@@ -153,10 +154,153 @@ def bitsandbytes() -> Iterator[tuple[str, Case]]:
     yield "int8", ({"quant_method": "bitsandbytes", "load_in_8bit": True}, state, expected)
 
 
+def compressed_tensors() -> Iterator[tuple[str, Case]]:
+    from compressed_tensors.compressors.base import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    formats = {"W4A16": "pack-quantized", "W3A16": "pack-quantized", "W4A16_ASYM": "pack-quantized",
+               "W8A8": "int-quantized",
+               "FP8_DYNAMIC": "float-quantized", "FP8_BLOCK": "float-quantized", "NVFP4A16": "nvfp4-pack-quantized",
+               "MXFP4A16": "mxfp4-pack-quantized", "MXFP8A16": "mxfp8-quantized"}  # fmt: skip
+    for preset, kind in formats.items():
+        scheme = preset_name_to_scheme(preset, ["Linear"])
+        scheme.format = kind
+        args, w = scheme.weights, matrix(128 if preset == "FP8_BLOCK" else 32, 128)
+        strategy, size = str(args.strategy), args.group_size or w.shape[1]
+        blocks = (
+            w.view(1, 128, 1, 128).transpose(1, 2).flatten(2) if strategy == "block" else w.unflatten(1, (-1, size))
+        )
+        state = {"weight": w}
+        if preset == "NVFP4A16":
+            state["weight_global_scale"] = (448 * 6 / w.abs().max()).float().reshape(1)
+        scale, zero = calculate_qparams(blocks.amin(-1), blocks.amax(-1), args,
+                                        global_scale=state.get("weight_global_scale"))  # fmt: skip
+        state["weight_scale"] = scale
+        if not args.symmetric:
+            state["weight_zero_point"] = zero
+        compressor = BaseCompressor.get_value_from_registry(kind)
+        held = compressor.compress(dict(state), scheme)
+        decoded = dict(held)
+        if not kind.startswith(("nvfp4", "mx")) and "weight_scale" in decoded:
+            decoded["weight_scale"] = decoded["weight_scale"].float()
+        expected = compressor.decompress(decoded, scheme)["weight"]
+        config = QuantizationConfig(config_groups={"group_0": scheme}, format=kind, ignore=["lm_head"])
+        yield preset, (json.loads(config.model_dump_json()), held, expected)
+
+
+def old_compressed_tensors() -> Iterator[tuple[str, Case]]:
+    import torch
+    from compressed_tensors.compressors.quantized_compressors.pack_quantized import pack_to_int32, unpack_from_int32
+
+    for bits in (3, 5, 6, 7):
+        w = matrix(32, 128)
+        scale, _ = grouped(w, bits, 32, True, torch.arange(128) // 32)
+        spread = scale.float().repeat_interleave(32, 1)
+        codes = (w / spread).round().clamp(-(1 << (bits - 1)), (1 << (bits - 1)) - 1).to(torch.int8)
+        held = {
+            "weight_packed": pack_to_int32(codes, bits),
+            "weight_scale": scale,
+            "weight_shape": torch.tensor([32, 128]),
+        }
+        assert torch.equal(unpack_from_int32(held["weight_packed"], bits, torch.Size([32, 128])), codes)
+        weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+        config = {"quant_method": "compressed-tensors", "format": "pack-quantized",
+                  "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}  # fmt: skip
+        yield f"{bits}-bits", (config, held, codes.float() * spread)
+
+
+def fp8() -> Iterator[tuple[str, Case]]:
+    import torch
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    for block, shape, scales in ((32, (64, 96), torch.float32), (32, (64, 96), torch.float8_e8m0fnu)):
+        w = matrix(*shape)
+        tiles = w.view(shape[0] // block, block, shape[1] // block, block)
+        scale = tiles.abs().amax((1, 3)) / 448
+        scale = scale.to(scales)
+        codes = (tiles / scale.float()[:, None, :, None]).reshape(shape).to(torch.float8_e4m3fn)
+        expected = Fp8Dequantize(None)._dequantize_one(codes, scale, torch.float32)
+        config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
+        yield f"tile{block}-{str(scales)[6:]}", (config, {"weight": codes, "weight_scale_inv": scale}, expected)
+
+
+def mxfp4() -> Iterator[tuple[str, Case]]:
+    import torch
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    draw = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (2, 24, 2, 16), generator=draw, dtype=torch.uint8)
+    scales = torch.randint(110, 135, (2, 24, 2), generator=draw, dtype=torch.uint8)
+    expected = convert_moe_packed_tensors(blocks, scales)
+    yield "experts", ({"quant_method": "mxfp4"}, {"down_proj_blocks": blocks, "down_proj_scales": scales}, expected)
+
+
+def hqq() -> Iterator[tuple[str, Case]]:
+    import torch
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear, Quantizer
+
+    for bits in (8, 6, 5, 4, 3, 2, 1):
+        for axis, as_float in ((1, False), (0, False), (1, True)):
+            if (axis == 0 or as_float) and bits != 4:
+                continue
+            linear = torch.nn.Linear(128, 40, bias=False)
+            linear.weight.data = matrix(40, 128)
+            settings = BaseQuantizeConfig(nbits=bits, group_size=64, axis=axis, view_as_float=as_float)
+            layer = HQQLinear(linear, settings, compute_dtype=torch.float16, device="cpu")
+            held = {name: torch.as_tensor(tensor).clone() for name, tensor in layer.state_dict().items()}
+            meta = {**layer.meta, "compute_dtype": torch.float32, "scale": layer.meta["scale"].float(),
+                    "zero": layer.meta["zero"].float()}  # fmt: skip
+            expected = Quantizer.dequantize(layer.W_q, meta)
+            yield f"{bits}-axis{axis}{'-float' if as_float else ''}", ({"quant_method": "hqq"}, held, expected)
+
+
+def mlx() -> Iterator[tuple[str, Case]]:
+    import mlx.core as mx
+    import numpy as np
+    import torch
+
+    w = mx.array(matrix(32, 128).numpy())
+    settings = [("affine", bits, size) for bits, size in ((2, 64), (3, 32), (4, 64), (5, 64), (6, 128), (8, 32))]
+    for mode, bits, size in [*settings, ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]:
+        for half in (False, True) if mode == "affine" and bits == 4 else (False,):
+            source = w.astype(mx.float16) if half else w
+            parts = mx.quantize(source, group_size=size, bits=bits, mode=mode)
+            held = dict(zip(("weight", "scales", "biases"), (torch.from_numpy(np.array(part)) for part in parts),
+                            strict=False))  # fmt: skip
+            wide = [part if part.dtype in (mx.uint32, mx.uint8) else part.astype(mx.float32) for part in parts]
+            expected = mx.dequantize(*wide, group_size=size, bits=bits, mode=mode).astype(mx.float32)
+            about = {"group_size": size, "bits": bits, "mode": mode}
+            name = f"{mode}-{bits}-{size}{'-half' if half else ''}"
+            yield (
+                name,
+                ({"quantization": about, "quantization_config": about}, held, torch.from_numpy(np.array(expected))),
+            )
+
+
+def modelopt() -> Iterator[tuple[str, Case]]:
+    import torch
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    w = matrix(32, 128)
+    packed, scale, outer = NVFP4QTensor.quantize(w, 16)
+    expected = packed.dequantize(torch.float32, scale=scale, double_scale=outer, block_sizes={-1: 16})
+    held = {"weight": packed._quantized_data, "weight_scale": scale, "weight_scale_2": outer}
+    yield "nvfp4", ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, held, expected)
+
+
 FIXTURES: dict[str, Callable[[], Iterator[tuple[str, Case]]]] = {
     "gptq": gptq,
     "awq": awq,
     "bitsandbytes": bitsandbytes,
+    "compressed_tensors": compressed_tensors,
+    "old_compressed_tensors": old_compressed_tensors,
+    "fp8": fp8,
+    "mxfp4": mxfp4,
+    "hqq": hqq,
+    "mlx": mlx,
+    "modelopt": modelopt,
 }
 
 

@@ -52,6 +52,8 @@ def ulps(a: Tensor, b: Tensor) -> int:
     return int((ordered[0].long() - ordered[1].long()).abs().max())
 
 
+# What the library computes in bfloat16 whatever it is given.
+IN_BFLOAT16 = ("NVFP4A16",)
 # Where another rounding is stated: SCB / 127 is rounded here, q * SCB there.
 LAST_BITS = {"bitsandbytes-int8": 2}
 
@@ -64,6 +66,8 @@ def test_values_are_the_librarys(file: SafetensorsFile, case: str) -> None:
     found = modules.read(module)
     value = found.dense()
     assert value.shape == source.expected.shape
+    if case in IN_BFLOAT16:
+        value = value.bfloat16().float()
     assert ulps(value, source.expected) <= LAST_BITS.get(f"{file.path.stem}-{case}", 0)
 
 
@@ -77,14 +81,14 @@ def test_what_can_be_written_is_the_librarys_bytes(file: SafetensorsFile, case: 
     codec = CODECS.get(modules.name)
     if isinstance(found, Dense) or not codec.writes or codec.refuses(found) is not None:
         pytest.skip("read only")
-    if source.about.get("checkpoint_format") == "gptq_p":
-        pytest.skip("planes are written as words")
-    signed_zero = "weight" if "fp4" in case and modules.name == "bitsandbytes" else None
+    if source.about.get("checkpoint_format") == "gptq_p" or file.path.stem.startswith("old"):
+        pytest.skip("written in the usual layout")
+    signed_zero = {"bitsandbytes": "weight", "compressed-tensors": "weight_packed"}.get(modules.name)
     for suffix, tensor in codec.encode(found).items():
         if "quant_state" not in suffix:
             name = f"{module}.{suffix}"
             assert name in source.names(), name
             theirs = source.tensor(name)
-            if signed_zero and suffix == signed_zero:
+            if suffix == signed_zero and theirs.dtype == torch.uint8 and "nf4" not in case:
                 theirs = translate(theirs, nibbles((*range(8), 0, *range(9, 16))))
             assert torch.equal(tensor, theirs), name

@@ -270,3 +270,48 @@ def test_not_a_model_and_no_such_device(tmp_path, native_directory) -> None:
 def test_the_linears_of_a_tiny_model_are_counted_right() -> None:
     assert len(block_linears(tiny_llama())) == 14
     assert isinstance(QLinear(64, 16, parse_format("int8-channel")), torch.nn.Module)
+
+
+def test_mlx_quantizes_embeddings_too(tmp_path) -> None:
+    format = parse_format("int4-min-g32").with_scale_dtype(torch.float16)
+    original = tiny_llama(intermediate_size=192)
+    weights = quantized_weights(original, format)
+    weights["model.embed_tokens"] = format.quantize(original.model.embed_tokens.weight.detach())
+    loaded = load_all(write_quantized(tmp_path / "mlx", original, weights, kind="mlx"))
+    assert loaded.decoded == ("model.embed_tokens",) and len(loaded.quantized) == len(weights) - 1
+    assert torch.equal(loaded.model.model.embed_tokens.weight, weights["model.embed_tokens"].dequantize())
+    assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
+
+
+def test_fused_experts_in_mxfp4(tmp_path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = tiny_llama(
+        model_type="gpt_oss",
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        tied=False,
+        hidden_size=64,
+        intermediate_size=64,
+    )
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    draw = torch.Generator().manual_seed(0)
+    experts = [name for name in tensors if name.endswith("_proj") and tensors[name].dim() == 3]
+    for name in experts:
+        count, columns, rows = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (count, rows, columns // 32, 16), generator=draw).to(
+            torch.uint8
+        )
+        tensors[f"{name}_scales"] = torch.full((count, rows, columns // 32), 123, dtype=torch.uint8)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    edit_config(tmp_path, lambda c: c.update(quantization_config={"quant_method": "mxfp4"}))
+    loaded = load_all(tmp_path)
+    assert experts and loaded.decoded == tuple(sorted(experts)) and "bfloat16" in loaded.notes[0]
+    block = loaded.model.model.layers[0].mlp.experts
+    low = tensors["model.layers.0.mlp.experts.down_proj_blocks"][1, 5, 0, 0].item() % 16
+    levels = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    expected = (-1 if low >= 8 else 1) * levels[low % 8] * 2.0**-4
+    assert block.down_proj[1, 0, 5] == expected
+    assert torch.isfinite(logits(loaded.model)).all()

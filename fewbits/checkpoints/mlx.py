@@ -1,0 +1,196 @@
+"""MLX checkpoints: affine integers, MXFP4, MXFP8 (config.json has `quantization`, without a method's name).
+
+    weight  uint32 [out, in*b/32]    one stream of b-bit codes a row, least significant first
+    scales, biases  [out, in/g]      in the model's float
+
+    value = code * scale + bias
+
+A bias is any number, so this is our minimum with the other sign (`int4-min-g64`); scales may be negative. Where every
+bias is a whole multiple of its scale the layer is one of symmetric integers or of integers with zero points, and is
+read as that: so what came from GPTQ goes back to GPTQ. Written the other way, a bias z * scale that float16 cannot say
+exactly makes the scales and biases of that layer float32. One scale a row is repeated for groups of 64.
+
+"mxfp4" and "mxfp8" have E8M0 scales in uint8 and no biases; "nvfp4" E4M3 scales without an outer one. MLX quantizes
+embeddings too. Values here are float32; MLX computes them in the dtype of the scales.
+
+Source: mlx 0.32 (mlx.core.quantize), mlx-lm (utils.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.checkpoints.base import Source
+from fewbits.checkpoints.codecs import (
+    FLOATS,
+    Codec,
+    Entry,
+    Layer,
+    Stored,
+    group_name,
+    modules_with,
+    tensor_named,
+)
+from fewbits.checkpoints.words import from_e2m1, from_e4m3, from_words, to_e2m1, to_e4m3, to_words
+from fewbits.core.errors import BadInput, Unsupported
+from fewbits.formats import Format, parse_format
+from fewbits.formats import bits as packing
+from fewbits.formats.scales import PlainScale
+
+SIZES = (32, 64, 128)
+WIDTHS = (2, 3, 4, 5, 6, 8)
+_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+
+
+class MLX(Codec):
+    holds = "integers of 2 to 8 bits with real minima, MXFP4, MXFP8; embeddings too; loads in mlx-lm"
+    writes = True
+
+    def claims(self, quantization: dict[str, Any]) -> bool:
+        return "quant_method" not in quantization and "group_size" in quantization and "bits" in quantization
+
+    def entries(self, source: Source) -> dict[str, Entry]:
+        config = source.config()
+        about = config.get("quantization") or config.get("quantization_config") or {}
+        names = source.names()
+        present, found = set(names), {}
+        for module in modules_with(names, "scales"):
+            if f"{module}.weight" in present:
+                parts = tuple(
+                    name for part in ("weight", "scales", "biases") if (name := f"{module}.{part}") in present
+                )
+                own = about.get(module)
+                stated = {**about, **own} if isinstance(own, dict) else about
+                found[module] = Entry(tensor=f"{module}.weight", parts=parts, about=stated)
+        return found
+
+    def read(self, source: Source, module: str, entry: Entry) -> Stored:
+        about: dict[str, Any] = entry.about
+        size, mode = about.get("group_size"), about.get("mode", "affine")
+        if type(size) is not int or not 0 < size <= 1 << 20:
+            raise BadInput(f"{module}: group_size {size!r} is no size of a group")
+        words = tensor_named(source, f"{module}.weight", 2, torch.uint32, torch.int32)
+        scales = tensor_named(source, f"{module}.scales", 2, *FLOATS, torch.uint8)
+        if mode != "affine" or f"{module}.biases" not in entry.parts:
+            return _float(words, scales, str(mode))
+        rows, columns = words.shape[0], scales.shape[1] * size
+        bits, rest = divmod(words.shape[1] * 32, columns or 1)
+        if rest or bits not in WIDTHS or scales.shape[0] != rows or scales.dtype == torch.uint8:
+            raise BadInput(f"{module}: weight {tuple(words.shape)}, scales {tuple(scales.shape)} for groups of {size}")
+        biases = tensor_named(source, f"{module}.biases", 2, scales.dtype)
+        if biases.shape != scales.shape:
+            raise BadInput(f"{module}.biases: {tuple(biases.shape)} beside scales {tuple(scales.shape)}")
+        state = {"codes": from_words(words, bits, columns), "scale": scales, "minimum": -biases}
+        name = f"int{bits}-min-{group_name(size, columns)}"
+        format = parse_format(name).with_scale_dtype(scales.dtype)
+        return _with_zeros(Stored(format=format, shape=(rows, columns), state=state))
+
+    def refuses(self, stored: Stored) -> str | None:
+        format, columns = stored.format, stored.shape[1]
+        scaling = format.scaling
+        if not stored.plain:
+            return "MLX has no quantized, transformed or reordered activations and no residuals"
+        if format.name in ("mxfp4", "mxfp8"):
+            return None if columns % 32 == 0 else f"blocks of 32 do not divide {columns}"
+        if format.grid.kind != "integer" or not isinstance(scaling.store, PlainScale) or "narrow" in format.name:
+            return f"MLX has no {format.name}"
+        if format.bits not in WIDTHS or scaling.block not in ("group", "channel"):
+            return f"MLX holds integers of {WIDTHS} bits in groups; this is {format.name}"
+        size = scaling.width(columns) if scaling.width(columns) in SIZES else _divisor(scaling.width(columns))
+        if size is None or columns % scaling.width(columns) or columns % 32:
+            return f"MLX has groups of {SIZES}; {scaling.width(columns)} of {columns} columns are none"
+        return None
+
+    def nearest(self, layer: Layer) -> Format:
+        size = next((size for size in (64, 32, 128) if layer.shape[1] % size == 0), None)
+        if size is None:
+            raise Unsupported(f"MLX has groups of {SIZES}; none divides the input dimension {layer.shape[1]}")
+        bits = next(width for width in WIDTHS if width >= min(layer.format.bits, 8))
+        return parse_format(f"int{bits}-min-g{size}").with_scale_dtype(torch.float16)
+
+    def encode(self, stored: Stored) -> dict[str, Tensor]:
+        codes, scale = stored.state["codes"], stored.state["scale"]
+        if stored.format.name in ("mxfp4", "mxfp8"):
+            packed = to_e2m1(codes) if stored.format.bits == 4 else to_e4m3(codes).view(torch.uint8)
+            return {"weight": to_words(packed).view(torch.uint32), "scales": scale}
+        minimum = _minimum(stored)
+        if not torch.equal(minimum.to(scale.dtype).float(), minimum):
+            scale = scale.float()
+        columns = stored.shape[1]
+        width = stored.format.scaling.width(columns)
+        times = 1 if width in SIZES else width // (_divisor(width) or width)
+        biases = -minimum.to(scale.dtype)
+        return {
+            "weight": to_words(codes).view(torch.uint32),
+            "scales": scale.repeat_interleave(times, dim=1),
+            "biases": biases.repeat_interleave(times, dim=1),
+        }
+
+    def quantization(self, layers: Mapping[str, Layer], dense: Iterable[str]) -> dict[str, Any]:
+        said = {name: _said(layer) for name, layer in layers.items()}
+        kinds = list(said.values())
+        usual = max(kinds, key=kinds.count)
+        config = {**usual, **{name: own for name, own in said.items() if own != usual}}
+        return {"quantization": config, "quantization_config": dict(config)}
+
+
+def _said(layer: Layer) -> dict[str, Any]:
+    mode = layer.format.name if layer.format.name in _MODES else "affine"
+    width = layer.format.scaling.width(layer.shape[1])
+    return {"group_size": width if width in SIZES else _divisor(width), "bits": layer.format.bits, "mode": mode}
+
+
+def _divisor(width: int) -> int | None:
+    """The size of MLX's that a wider group is cut into."""
+    return next((size for size in (64, 128, 32) if width % size == 0), None)
+
+
+def _float(words: Tensor, scales: Tensor, mode: str) -> Stored:
+    if mode not in _MODES or scales.dtype != torch.uint8:
+        raise Unsupported(f"MLX mode {mode!r} with scales of {scales.dtype} is not read by fewbits")
+    bits = _MODES[mode][0]
+    columns = words.shape[1] * 32 // bits
+    packed = from_words(words, bits, columns)
+    codes = from_e2m1(packed) if bits == 4 else from_e4m3(packed.view(torch.float8_e4m3fn))
+    if mode != "nvfp4":
+        return Stored(format=parse_format(mode), shape=(len(words), columns), state={"codes": codes, "scale": scales})
+    state = {"codes": codes, "scale": scales.view(torch.float8_e4m3fn), "scale_outer": torch.ones(1)}
+    return Stored(format=parse_format("nvfp4"), shape=(len(words), columns), state=state)
+
+
+def _minimum(stored: Stored) -> Tensor:
+    """What is subtracted from code * scale, float32: exact, being a few bits times at most 16."""
+    scale, state, bits = stored.state["scale"].float(), stored.state, stored.format.bits
+    if "minimum" in state:
+        return state["minimum"].float()
+    if "zero" in state:
+        return packing.unpack(state["zero"], bits, scale.shape[1]).float() * scale
+    return (1 << (bits - 1)) * scale
+
+
+def _with_zeros(stored: Stored) -> Stored:
+    """`stored` with zero points, or symmetric, where its minima are whole multiples of the scales."""
+    scale, minimum, bits = stored.state["scale"].float(), stored.state["minimum"].float(), stored.format.bits
+    zero = torch.round(minimum / scale).clamp(0, (1 << bits) - 1).nan_to_num(0)
+    # A scale of 16 bits makes all products with codes exact, so that both forms give the same float32.
+    short = next(
+        (dtype for dtype in (torch.float16, torch.bfloat16) if torch.equal(scale.to(dtype).float(), scale)), None
+    )
+    if short is None or not torch.equal(zero * scale, minimum):
+        return stored
+    short = stored.state["scale"].dtype if stored.state["scale"].dtype.itemsize == 2 else short
+    state = {"codes": stored.state["codes"], "scale": scale.to(short)}
+    symmetric = bool((zero == 1 << (bits - 1)).all())
+    if not symmetric:
+        state["zero"] = packing.pack(zero.to(torch.uint8), bits)
+    name = stored.format.name.replace("-min", "" if symmetric else "-asym")
+    format = parse_format(name).with_scale_dtype(short)
+    return dataclasses.replace(stored, format=format, state=state)
+
+
+CODEC = MLX()
