@@ -13,8 +13,9 @@ from fewbits.report.tables import table
 from fewbits.report.words import DASH, esc, percent
 
 _MOST = 12
+_LEAST = 0.01  # share of an error that a channel is blamed for
 _CALLED = {
-    "token": "one scale a token",
+    "token": "token scales",
     "llm_int8": "LLM.int8()",
     "smoothquant": "SmoothQuant",
     "rotate": "rotation",
@@ -82,8 +83,9 @@ def lead(certificate: Certificate) -> str:
     advice = f"Of the sum of these errors would be left with {said}. " if left else ""
     advice += "Nothing here would help much. " if left and best > 0.8 else ""
     return (
-        f"{advice}Errors are shares of the square of a layer's outputs, rounded to nearest on both sides, on a sample "
-        "of held-out text, behind the transforms that were made; layers that share an input are looked at together."
+        f"{advice}Errors are shares of the square of a layer's outputs, rounded to nearest on both sides, as they are "
+        "and with each remedy, on a sample of held-out text behind the transforms that were made; layers that share an "
+        "input are looked at together."
     )
 
 
@@ -96,12 +98,18 @@ def layers(certificate: Certificate) -> str:
             f"<code>{esc(layer.name)}</code>",
             percent(layer.error),
             percent(layer.inputs),
-            ", ".join(f"{channel} ({percent(max(share, 0.0))})" for channel, share in layer.channels) or DASH,
+            ", ".join(f"{channel} ({percent(share)})" for channel, share in layer.channels if share > _LEAST) or DASH,
             *(_left(layer, key) for key in keys),
         ]
         for layer in found[:_MOST]
     ]
-    heads = ["Layer", "Error", "By its inputs", "Channels to blame", *(f"With {_CALLED[key]}" for key in keys)]
+    heads = [
+        "Layer",
+        "Error",
+        "By inputs",
+        "Channels to blame",
+        *(_CALLED[key][0].upper() + _CALLED[key][1:] for key in keys),
+    ]
     return table(heads, rows) if rows else ""
 
 
