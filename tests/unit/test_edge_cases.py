@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_awq import first_block
 from test_pipeline import run, tensors
 from tiny_runtime_models import byte_tokenizer, tiny_llama
@@ -18,6 +19,9 @@ from fewbits.algorithms.channels import Scalable, scalables
 from fewbits.calibration.collect import collect_inputs, input_stages
 from fewbits.calibration.stats import InputSum
 from fewbits.checkpoints import compressed_tensors
+from fewbits.checkpoints.codecs import Entry
+from fewbits.checkpoints.exl2 import CODEC
+from fewbits.checkpoints.safetensors_file import SafetensorsFile
 from fewbits.core.errors import BadInput, FewbitsError, Unsupported
 from fewbits.formats import Quantized, parse_format
 from fewbits.models.topology import Topology
@@ -184,6 +188,32 @@ def test_the_embeddings_of_a_tied_head_are_untouched(tmp_path: Path) -> None:
     source = tensors(tmp_path / "m")
     assert torch.equal(out["model.embed_tokens.weight"], source["model.embed_tokens.weight"])
     assert "lm_head.weight" not in out
+
+
+# --- sizes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("widths", "size", "bits"), [([4] * 32, 128, 4.039154052734375), ([3] * 4 + [2] * 60, 64, 2.1329956054687500)]
+)
+def test_exl2_takes_the_bits_it_says(tmp_path: Path, widths: list[int], size: int, bits: float) -> None:
+    """Codes, 4-bit scales, 16 bits and 32 a group, and the order of the inputs, of a 4096 x 4096 linear."""
+    groups, side = len(widths), 4096
+    words = [size * width // 32 for width in widths]
+    starts = [sum(words[:index]) for index in range(groups)]
+    parts = {
+        "q_weight": torch.zeros(sum(words), side, dtype=torch.int32),
+        "q_groups": torch.tensor([widths, starts]).t().flatten().to(torch.int16),
+        "q_scale": torch.zeros(groups, side // 8, dtype=torch.int32),
+        "q_scale_max": torch.ones(groups, dtype=torch.float16),
+        "q_invperm": torch.arange(side, dtype=torch.int32),
+    }
+    assert 8 * sum(part.numel() * part.itemsize for part in parts.values()) == bits * side**2
+    save_file({f"m.{name}": part for name, part in parts.items()}, tmp_path / "exl2.safetensors")
+    entry = Entry(tensor="m.weight", parts=tuple(f"m.{name}" for name in parts))
+    found = CODEC.read(SafetensorsFile(tmp_path / "exl2.safetensors"), "m", entry)  # type: ignore[arg-type]
+    assert found.value.shape == (side, side)
+    assert found.value[0, ::size].tolist() == [-(2 ** (width - 1)) / 256 for width in widths]
 
 
 # --- layouts --------------------------------------------------------------------------------------
