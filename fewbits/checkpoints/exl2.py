@@ -16,6 +16,7 @@ checked against their source (cuda/q_matrix.cu, cuda/quant/qdq_util.cuh, cuda/pa
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -78,10 +79,10 @@ def _groups(pairs: Tensor, rows: int) -> list[tuple[int, int, int]]:
         raise BadInput(f"q_groups: {listed[:8]} are no pairs of bits and first row")
     if any(
         a >= b or (b - a) % (width if width in (3, 5) else 1)
-        for a, b, width in zip(starts, starts[1:], bits, strict=True)
+        for (a, b), width in zip(itertools.pairwise(starts), bits, strict=True)
     ):
         raise BadInput(f"q_groups: rows {starts[:8]} do not follow one another")
-    return list(zip(bits, starts, starts[1:], strict=True))
+    return [(width, a, b) for width, (a, b) in zip(bits, itertools.pairwise(starts), strict=True)]
 
 
 def _group(words: Tensor, bits: int, scale: Tensor) -> Tensor:
