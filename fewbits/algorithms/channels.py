@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fewbits.algorithms.base import Block, Stage
 from fewbits.calibration.collect import Ref
-from fewbits.formats.rows import round_rows
+from fewbits.formats.rows import round_rows, sinks
 from fewbits.models.walk import ExpertRef, LinearRef
 
 
@@ -151,23 +151,28 @@ def _sibling(block: Block, ref: Ref, kind: str) -> Ref | None:
 
 
 class RoundedLoss:
-    """Squared error of the outputs of `stages` with x / s and W * s both rounded, over the sampled inputs x."""
+    """Squared error of the outputs of `stages` with x / s and W * s both rounded, over the sampled inputs x.
 
-    def __init__(self, stages: Sequence[Stage], block: Block) -> None:
+    ordinary: sinks are rounded along, but their error is not counted: it can be a thousand times that of all others.
+    """
+
+    def __init__(self, stages: Sequence[Stage], block: Block, *, ordinary: bool = False) -> None:
         self._block = block
-        self._parts: list[tuple[Tensor, list[tuple[Ref, Tensor, Tensor]]]] = []
+        self._parts: list[tuple[Tensor, Tensor, list[tuple[Ref, Tensor, Tensor]]]] = []
         for stage in stages:
             rows = stage.inputs.rows
             assert rows is not None
             weights = [(ref, ref.weight.float()) for ref in stage.refs]
-            self._parts.append((rows, [(ref, weight, rows @ weight.t()) for ref, weight in weights]))
+            counted = ~sinks(rows) if ordinary else torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+            exact = [(ref, weight, rows[counted] @ weight.t()) for ref, weight in weights]
+            self._parts.append((rows, counted, exact))
 
     def __call__(self, s: Tensor | None) -> float:
         assert self._block.activations is not None
         total = 0.0
-        for rows, parts in self._parts:
+        for rows, counted, parts in self._parts:
             factor = torch.ones((), device=rows.device) if s is None else s
-            rounded = round_rows(rows / factor, self._block.activations)
+            rounded = round_rows(rows / factor, self._block.activations)[counted]
             for ref, weight, exact in parts:
                 smoothed = self._block.format_of(ref).quantize(weight * factor, ref.name).dequantize()
                 total += float((exact - rounded @ smoothed.t()).square().sum(dtype=torch.float64))

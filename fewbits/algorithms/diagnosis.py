@@ -9,20 +9,22 @@ and e again with one thing changed at a time:
 
 | remedy | changes |
 |---|---|
-| token | one scale a token, where the scheme fixes one for all of them |
+| token | one scale a token, where the scheme has one for all of them |
+| sinks | one scale for all tokens but sinks, where the scheme has one for all of them |
 | llm_int8 | the largest hundredth of the channels in 16 bits |
 | smoothquant | x / s and W s, alpha 1/2 |
 | rotate | x and W transformed by a Hadamard matrix |
 
 A channel is to blame for what goes away with it: `inputs` without the rounding of channel d, whose magnitude then sets
-no scale either. Static scales are those of the sample. What helps a layer is an estimate of what helps the model:
+no scale either. Static scales are those of the sample. Sinks (formats/rows.py) are rounded along, but what is lost of
+them is not counted: a single one can hold more energy than all other tokens together, and with the scale it asks for it
+is the only one that loses nothing. What helps a layer is an estimate of what helps the model:
 errors of layers neither add up nor count alike, but where one remedy takes away nine tenths of them and others nothing,
 it is clear.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +34,7 @@ from torch import Tensor
 from fewbits.algorithms.smoothing import smoothing_scales
 from fewbits.formats import Format, hadamard
 from fewbits.formats.outliers import round_rest
-from fewbits.formats.rows import by_token, round_rows
+from fewbits.formats.rows import by_token, round_rows, sinks, sparing_sinks
 
 ROWS = 64  # tokens looked at
 _BLAMED = 3  # channels
@@ -44,40 +46,34 @@ def diagnose(x: Tensor, weights: Sequence[Tensor], format: Format, activations: 
     x [tokens, in] is what linears of `weights` [out, in] read.
     """
     x, weight = x.float(), torch.cat([weight.float() for weight in weights])
-    seen = _of_sample(activations)
-    exact = x @ weight.t()
+    counted = ~sinks(x)
+    exact = x[counted] @ weight.t()
     signal = float(exact.square().sum()) or 1.0
-    rounded, codes = round_rows(x, seen), format.quantize(weight).dequantize()
+    rounded, codes = round_rows(x, activations), format.quantize(weight).dequantize()
 
-    def lost(product: Tensor) -> float:
-        return float((exact - product).square().sum()) / signal
+    def lost(inputs: Tensor, weight: Tensor) -> float:
+        return float((exact - inputs[counted] @ weight.t()).square().sum()) / signal
 
     def both(inputs: Tensor, weight: Tensor) -> float:
-        return lost(round_rows(inputs, seen) @ format.quantize(weight).dequantize().t())
+        return lost(round_rows(inputs, activations), format.quantize(weight).dequantize())
 
-    inputs = lost(rounded @ weight.t())
+    inputs = lost(rounded, weight)
     largest = x.abs().amax(0)
     order = largest.argsort(descending=True)
     most = order[: max(1, len(order) // 100)].sort().values
     s = smoothing_scales(largest, [weight])
     orders = hadamard.block_factors(x.shape[1])
     remedies = {
-        "llm_int8": lost(round_rest(x, seen, most) @ codes.index_copy(1, most, weight[:, most]).t()),
+        "llm_int8": lost(round_rest(x, activations, most), codes.index_copy(1, most, weight[:, most])),
         "smoothquant": both(x / s, weight * s),
         "rotate": both(hadamard.transform(x, orders), hadamard.transform(weight, orders)),
     }
     if activations.scaling.block == "tensor":
-        remedies["token"] = lost(round_rows(x, by_token(activations)) @ codes.t())
+        remedies["token"] = lost(round_rows(x, by_token(activations)), codes)
+        remedies["sinks"] = lost(round_rows(x, sparing_sinks(activations)), codes)
     blamed = []
     for channel in order[:_BLAMED].tolist():
-        without = lost(round_rest(x, seen, torch.tensor([channel], device=x.device)) @ weight.t())
+        without = lost(round_rest(x, activations, torch.tensor([channel], device=x.device)), weight)
         blamed.append([channel, 1 - without / inputs if inputs else 0.0])
     blamed.sort(key=lambda each: -each[1])
-    return {"error": lost(rounded @ codes.t()), "inputs": inputs, "channels": blamed, "remedies": remedies}
-
-
-def _of_sample(activations: Format) -> Format:
-    """`activations`, static scales those of the rows at hand."""
-    if not activations.scaling.static:
-        return activations
-    return dataclasses.replace(activations, scaling=dataclasses.replace(activations.scaling, static=False, sinks=False))
+    return {"error": lost(rounded, codes), "inputs": inputs, "channels": blamed, "remedies": remedies}

@@ -10,10 +10,9 @@ absmax of each batch,
 which forgets a rare extreme where absmax keeps the largest ever seen. Source of the latter: TensorFlow's and PyTorch's
 observers.
 
-A *sink* is a token whose largest magnitude exceeds `SINK_RATIO` times the median token's. It is in nearly every text
-the first token, and in a few blocks a delimiter: there the model parks attention it has no use for. With formats that
-keep sinks apart (`-sinks`, formats/rows.py) they are left out of the range; without, they are part of it, and the
-estimator has to decide. They are counted either way.
+A *sink* is a token that towers over the others (formats/rows.py): in nearly every text the first, and in a few blocks a
+delimiter, where the model parks attention it has no use for. With formats that keep sinks apart (`-sinks`) they are
+left out of the range; without, they are part of it, and the estimator has to decide. They are counted either way.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from fewbits.algorithms.ranges import RANGES, Range
 from fewbits.calibration.histogram import Histogram
 from fewbits.core.errors import FewbitsError, unknown
 from fewbits.formats import Format
+from fewbits.formats.rows import sinks
 from fewbits.formats.scales import State
 
 MOVING_AVERAGE = "moving_average"
-SINK_RATIO = 8.0
 _MOMENTUM = 0.01
 # Other names for the same.
 ALIASES = {"entropy": "kl", "minmax": "absmax", "ema": MOVING_AVERAGE}
@@ -43,12 +42,6 @@ def estimator_called(name: str) -> str:
     if found not in known:
         raise unknown("range of activations", name, [*known, *ALIASES])
     return found
-
-
-def sinks(x: Tensor) -> Tensor:
-    """bool [tokens]: which tokens of `x` [tokens, in] are sinks."""
-    magnitude = x.abs().amax(dim=1)
-    return magnitude > SINK_RATIO * magnitude.median()
 
 
 @dataclass(kw_only=True)

@@ -14,6 +14,9 @@ Without an `alpha`, each place takes that of the least squared output error with
 sample of inputs, and none at all where nothing is better. One alpha for a whole model, as in the paper, is a compromise
 between blocks with outliers and blocks without.
 
+Sink tokens (formats/rows.py) have channels thousands of times larger than all others have. Where they share a scale
+with the others, max|X_j| counts them; where they have scales of their own it does not, nor does the search.
+
 The paper's O1, O2 and O3 are the granularity of the activations, not of the smoothing: one scale a token, one for the
 tokens of a product, one fixed by calibration, under one scale for the weights (formats/scheme.py).
 Source: Xiao et al. 2023, SmoothQuant, arXiv 2211.10438, equation 4.
@@ -91,21 +94,25 @@ class SmoothQuant:
         if not seen:
             return 0.0, None
         if self.alpha is not None:
-            return self.alpha, _shared(place, seen, self.alpha)
+            return self.alpha, _shared(place, seen, self.alpha, block)
         sampled = [stage for stage in seen if stage.inputs.rows is not None and len(stage.inputs.rows)]
-        of = RoundedLoss(sampled, block)
+        of = RoundedLoss(sampled, block, ordinary=True)
         least, found = of(None), (0.0, None)
         for step in range(self.steps + 1):
             alpha = step / self.steps
-            s = _shared(place, seen, alpha)
+            s = _shared(place, seen, alpha, block)
             loss = of(s)
             if loss < least:
                 least, found = loss, (alpha, s)
         return found
 
 
-def _shared(place: Scalable, stages: Sequence[Stage], alpha: float) -> Tensor:
+def _shared(place: Scalable, stages: Sequence[Stage], alpha: float, block: Block) -> Tensor:
     """The scales of everything that reads `place`, equal where they must be."""
-    largest = torch.stack([stage.inputs.max_abs for stage in stages if stage.inputs.max_abs is not None]).amax(0)
+    assert block.activations is not None
+    scaling = block.activations.scaling
+    together = (scaling.block == "tensor" or scaling.static) and not scaling.sinks
+    reach = [stage.inputs.max_abs if together else stage.inputs.ordinary for stage in stages]
+    largest = torch.stack([each for each in reach if each is not None]).amax(0)
     weights = [ref.weight.float() for stage in place.stages for ref in stage.refs]
     return place.tie(smoothing_scales(largest.float(), weights, alpha))

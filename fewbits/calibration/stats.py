@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fewbits.core.errors import FewbitsError
+from fewbits.formats.rows import sinks
 
 STATISTICS = ("hessian", "cross", "mean_abs", "max_abs", "rows", "reference")
 ROWS = 256  # at least so many tokens are kept, where there are so many, and less than twice as many
@@ -35,7 +36,7 @@ class Inputs:
     """What is known of the inputs of a linear; None where no step asked for it.
 
     hessian: H [in, in], float64, undamped.  cross: C [in, in].  mean_abs: mean |x| per channel [in].
-    max_abs: the largest |x| per channel [in].
+    max_abs: the largest |x| per channel [in].  ordinary: the same without sink tokens (formats/rows.py).
     rows: some of the inputs, float32 [tokens, in].
     """
 
@@ -43,6 +44,7 @@ class Inputs:
     cross: Tensor | None = None
     mean_abs: Tensor | None = None
     max_abs: Tensor | None = None
+    ordinary: Tensor | None = None
     rows: Tensor | None = None
     tokens: int = 0
 
@@ -57,7 +59,7 @@ class Inputs:
 
         return dataclasses.replace(
             self, hessian=both(self.hessian), cross=both(self.cross), mean_abs=each(self.mean_abs),
-            max_abs=each(self.max_abs), rows=each(self.rows),
+            max_abs=each(self.max_abs), ordinary=each(self.ordinary), rows=each(self.rows),
         )  # fmt: skip
 
 
@@ -75,6 +77,7 @@ class InputSum:
         self.total, self.cross = matrix("hessian"), matrix("cross")
         self.magnitude = torch.zeros(in_features, dtype=torch.float64, device=device) if "mean_abs" in wanted else None
         self.largest = torch.zeros(in_features, device=device) if "max_abs" in wanted else None
+        self.ordinary = None if self.largest is None else torch.zeros_like(self.largest)
         self.rows = torch.zeros(0, in_features, device=device) if "rows" in wanted else None
         self._stride = 1
         self.tokens = 0
@@ -92,7 +95,9 @@ class InputSum:
         if self.magnitude is not None:
             self.magnitude += x.abs().sum(dim=0, dtype=torch.float64)
         if self.largest is not None:
+            assert self.ordinary is not None
             self.largest = torch.maximum(self.largest, x.abs().amax(dim=0))
+            self.ordinary = torch.maximum(self.ordinary, x[~sinks(x)].abs().amax(dim=0))
         if self.rows is not None:
             self._keep(x[-self.tokens % self._stride :: self._stride], self._stride)
         self.tokens += len(x)
@@ -117,6 +122,8 @@ class InputSum:
                 mine += theirs.to(mine.device)
         if self.largest is not None and other.largest is not None:
             self.largest = torch.maximum(self.largest, other.largest.to(self.largest.device))
+        if self.ordinary is not None and other.ordinary is not None:
+            self.ordinary = torch.maximum(self.ordinary, other.ordinary.to(self.ordinary.device))
         if self.rows is not None and other.rows is not None:
             self._keep(other.rows, other._stride)
         self.tokens += other.tokens
@@ -134,6 +141,7 @@ class InputSum:
             cross=None if self.cross is None else self.cross * (2 / count),
             mean_abs=None if self.magnitude is None else self.magnitude / count,
             max_abs=self.largest,
+            ordinary=self.ordinary,
             rows=self.rows,
             tokens=self.tokens,
         )

@@ -11,9 +11,10 @@
 
 A static scale costs nothing when the model runs and clips what calibration never saw. It has one enemy of its own: the
 first token of a text is a *sink* in most models, and its largest values are thousands of times those of all others, so
-that a scale that reaches them rounds everything else to 0. With `-sinks` calibration leaves such tokens out, and
-whatever exceeds its range `SINK` times when the model runs takes a scale of its own, as if it were dynamic. Tokens are
-told by their size and not by their position, so that caches, padding and batches change nothing.
+that a scale that reaches them rounds everything else to 0. With `-sinks` calibration leaves tokens out whose largest
+magnitude exceeds the median token's `SINK_RATIO` times, and whatever exceeds the range `SINK` times when the model runs
+takes a scale of its own, as if it were dynamic. Tokens are told by their size and not by their position, so caches,
+padding and batches change nothing.
 
 E4M3 scales under an outer float32 (NVFP4) get an outer scale per token here, where a weight has one per tensor;
 checkpoints of the ecosystem fix one per layer by calibration, which this is never worse than by range. Formats whose
@@ -33,6 +34,7 @@ from fewbits.formats.base import Format
 from fewbits.formats.scales import FloatScale, Layout, PlainScale, State
 
 SINK = 4.0  # times the static range
+SINK_RATIO = 8.0  # times the median over tokens of their largest magnitude
 
 Params = tuple[Tensor, Tensor | None]  # scale and zero, [rows or 1, groups]
 
@@ -87,10 +89,32 @@ def by_token(format: Format) -> Format:
     )
 
 
+def sinks(x: Tensor) -> Tensor:
+    """bool [tokens]: which tokens of `x` [tokens, in] tower over the others."""
+    magnitude = x.abs().amax(dim=1)
+    return magnitude > SINK_RATIO * magnitude.median()
+
+
+@lru_cache(maxsize=64)
+def sparing_sinks(format: Format) -> Format:
+    """`format`, of one scale for all tokens, with that of sinks apart."""
+    return dataclasses.replace(format, scaling=dataclasses.replace(format.scaling, static=True, sinks=True))
+
+
+def range_params(x: Tensor, format: Format) -> Params:
+    """The static parameters that `x` [rows, in] alone would give by its range."""
+    low, high = format.ranges(x[~sinks(x)] if format.scaling.sinks else x)
+    return format.params_from_range(low.amin(0, keepdim=True), high.amax(0, keepdim=True))
+
+
 def row_params(x: Tensor, format: Format, fixed: Params | None = None) -> Params:
-    """Scale and zero for the rows of `x` [rows, in] float32: `fixed` where given and not exceeded, else from x."""
-    if fixed is None:
+    """Scale and zero for the rows of `x` [rows, in] float32: `fixed` where static and not exceeded, else from x.
+
+    Static formats for which nothing is fixed yet take the range of x.
+    """
+    if not format.scaling.static:
         return format.params(x)
+    fixed = fixed or range_params(x, format)
     if not format.scaling.sinks:
         return fixed
     scale, zero = by_token(format).params(x)

@@ -16,6 +16,7 @@ _MOST = 12
 _LEAST = 0.01  # share of an error that a channel is blamed for
 _CALLED = {
     "token": "token scales",
+    "sinks": "sinks apart",
     "llm_int8": "LLM.int8()",
     "smoothquant": "SmoothQuant",
     "rotate": "rotation",

@@ -32,8 +32,19 @@ def test_an_outlier_channel_is_blamed_and_its_remedies_help(activations: str) ->
     assert channel == 9 and share > 0.9
     assert found["remedies"]["llm_int8"] < 0.2 * found["error"]
     assert found["remedies"]["smoothquant"] < 0.3 * found["error"]
-    assert ("token" in found["remedies"]) == ("tensor" in activations)
+    assert ("token" in found["remedies"]) == ("sinks" in found["remedies"]) == ("tensor" in activations)
     assert 0.8 * found["error"] < found["inputs"] < 1.2 * found["error"]
+
+
+def test_a_sink_is_seen_though_it_loses_nothing_itself() -> None:
+    x, weight = layer(1.0)
+    x[0] *= 3000
+    found = diagnose(x, [weight], parse_format("int8-channel"), parse_format("int8-tensor-static"))
+    assert found["error"] > 0.5  # of all tokens, it would be one in a million
+    assert max(found["remedies"][name] for name in ("sinks", "token")) < 1e-3
+    assert min(found["remedies"][name] for name in ("llm_int8", "smoothquant")) > 0.3
+    apart = diagnose(x, [weight], parse_format("int8-channel"), parse_format("int8-tensor-static-sinks"))
+    assert apart["error"] == found["remedies"]["sinks"]
 
 
 def test_without_outliers_no_channel_is_to_blame() -> None:

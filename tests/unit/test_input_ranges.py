@@ -10,11 +10,11 @@ import torch
 from test_pipeline import run, tensors
 from tiny_runtime_models import byte_tokenizer, tiny_llama
 
-from fewbits.algorithms.input_ranges import SINK_RATIO, InputRange, estimator_called, sinks
+from fewbits.algorithms.input_ranges import InputRange, estimator_called
 from fewbits.algorithms.ranges import RANGES
 from fewbits.core.errors import BadInput, FewbitsError
 from fewbits.formats import parse_format
-from fewbits.formats.rows import SINK, round_rows
+from fewbits.formats.rows import SINK, SINK_RATIO, round_rows, sinks
 from fewbits.runtime.load import load
 
 STATIC = parse_format("int8-tensor-static")

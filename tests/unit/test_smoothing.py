@@ -64,7 +64,8 @@ def block_with_rows(name: str, activations: str | None = "int8-token"):
     for stage in block.stages:
         rows = torch.randn(64, stage.refs[0].shape[1], generator=torch.Generator().manual_seed(1))
         rows[:, 5] *= 40
-        stage.inputs = dataclasses.replace(stage.inputs, rows=rows, max_abs=rows.abs().amax(0))
+        largest = rows.abs().amax(0)
+        stage.inputs = dataclasses.replace(stage.inputs, rows=rows, max_abs=largest, ordinary=largest)
     return run, ids, block
 
 
