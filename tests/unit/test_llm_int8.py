@@ -96,6 +96,19 @@ def test_a_magnitude_of_exactly_the_threshold_is_an_outlier() -> None:
     assert layer(x)[0].outliers.find(x).tolist() == [5]  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_row_alone(variant: dict[str, Any]) -> None:
+    """With fixed columns a token is what it is in a batch; found ones are its own."""
+    x = inputs(6)
+    module, weight = layer(x, **variant)
+    alone = module(x[:1])
+    if variant["fixed"]:
+        torch.testing.assert_close(alone, module(x)[:1], rtol=1e-5, atol=1e-4)
+    exact = x[:1] @ weight.T
+    assert float((alone - exact).norm() / exact.norm()) < 0.02
+    assert not module(torch.zeros(1, x.shape[1])).any()
+
+
 def test_sixteen_bits_are_those_that_hold_the_weight() -> None:
     assert in_sixteen(torch.tensor([0.5, 3.0])).dtype == torch.float16
     assert in_sixteen(torch.tensor([2.0**-30])).dtype == torch.bfloat16
