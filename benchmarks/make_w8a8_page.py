@@ -1,0 +1,121 @@
+"""Writes what docs/w8a8.md says of results, tables and figure, from the newest "w8a8" record.
+
+python benchmarks/make_w8a8_page.py
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from bench_w8a8 import FACTORS, rise
+from recorded import ROOT, latest
+
+from fewbits.report.figure import INK, SERIES, save
+
+PAGE = ROOT / "docs" / "w8a8.md"
+FIGURE = ROOT / "docs" / "images" / "w8a8"
+# Row -> what the figure and the table call it, colour, marker, dash.
+LINES: dict[str, tuple[str, int, str, Any]] = {
+    "static": ("one static scale a linear", 5, "X", (1, 1)),
+    "token": ("one scale a token", 4, "s", (4, 2)),
+    "static smoothquant, sinks apart": ("one static scale, SmoothQuant, sinks apart", 2, "v", (5, 1, 1, 1)),
+    "smoothquant": ("SmoothQuant, one scale a token", 0, "o", (1, 0)),
+    "rotate": ("rotation, one scale a token", 3, "D", (3, 1)),
+    "llm_int8": ("LLM.int8()", 1, "^", (2, 1, 2, 1)),
+}
+_BLOCK = re.compile(r"(<!-- results:begin -->\n).*?(<!-- results:end -->)", re.DOTALL)
+_TEXT = """## What outliers cost
+
+The embedded model, weights in INT8 with one scale a row, rounded to nearest. Rise of the perplexity over fp32 in %,
+± one standard error by windows, on 8 windows of 512 tokens as it is and 4 with injected outliers; methods learn from 4
+other windows. `python benchmarks/bench_w8a8.py`.
+
+![Perplexity over fp32 as outliers grow](images/w8a8.png)
+
+{factors}
+Without injected outliers:
+
+{one}
+From [`{path}`](../{path}).
+"""
+LEAST = 0.02  # percent: what the figure draws of anything that loses less
+
+
+def command(row: dict[str, Any]) -> str:
+    """How `row` is asked for, without what injects outliers."""
+    method = row["method"].removeprefix("inject,")
+    options = {name: value for name, value in row["options"].items() if not name.startswith("inject.")}
+    text = f"`--scheme {row['scheme']} --method {method}"
+    text += "".join(f" --option {name}={str(value).lower()}" for name, value in options.items())
+    if row["act_range"] not in (None, "absmax"):
+        text += f" --act-range {row['act_range']}"
+    return text + "`"
+
+
+def percent(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    share, error = rise(row)
+    digits = 2 if abs(share) < 0.1 else 1 if share < 10 else 0
+    return f"{100 * share:+,.{digits}f} ± {100 * error:,.{digits}f}"
+
+
+def by_factor(rows: dict[tuple[str, int], dict[str, Any]]) -> str:
+    heads = [("as it is" if factor == 1 else f"x {factor}") for factor in FACTORS]
+    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(FACTORS)]
+    for name, (label, *_) in LINES.items():
+        cells = [percent(rows.get((name, factor))) for factor in FACTORS]
+        if set(cells) != {"-"}:
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def at_one(rows: dict[tuple[str, int], dict[str, Any]]) -> str:
+    lines = ["| | perplexity over fp32, % | KL | bits per weight |", "|---|---:|---:|---:|"]
+    ordered = sorted((row for (_, factor), row in rows.items() if factor == 1), key=lambda row: row["kl"]["mean"])
+    for row in ordered:
+        kl = row["kl"]
+        found = f"{kl['mean']:.4f} ± {kl['stderr']:.4f}"
+        lines.append(f"| {command(row)} | {percent(row)} | {found} | {row['bits_per_weight']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(figure: Any, rows: dict[tuple[str, int], dict[str, Any]]) -> None:
+    axis = figure.subplots()
+    for name, (label, colour, marker, dash) in LINES.items():
+        found = [(factor, *rise(rows[name, factor])) for factor in FACTORS if (name, factor) in rows]
+        if not found:
+            continue
+        axis.errorbar(
+            [factor for factor, _, _ in found], [max(100 * share, LEAST) for _, share, _ in found],
+            yerr=[100 * error for _, _, error in found], label=label, color=SERIES[colour], marker=marker,
+            markersize=5.5, linewidth=1.6, dashes=dash, elinewidth=0.9, capsize=2,
+        )  # fmt: skip
+    axis.axhline(2, color=INK, linewidth=0.8, dashes=(1, 2))
+    axis.text(1.005, 2, "+2 %", transform=axis.get_yaxis_transform(), va="center", fontsize=8.5)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_ylim(bottom=LEAST / 1.4)
+    axis.set_xticks(FACTORS, ["as it is", *(f"x {factor}" for factor in FACTORS[1:])])
+    axis.yaxis.set_major_formatter(lambda value, _: f"+{value:,.4g} %")
+    axis.set_xlabel("size of six injected outlier channels")
+    axis.set_ylabel("perplexity over fp32")
+    figure.legend(loc="outside lower center", ncols=2)
+
+
+def main() -> None:
+    found = latest("w8a8")
+    if found is None:
+        raise SystemExit('no "w8a8" record under benchmarks/results: run benchmarks/bench_w8a8.py first')
+    path, record = found
+    rows = {(row["name"], row["factor"]): row for row in record["rows"]}
+    save(FIGURE, lambda figure, wide: draw(figure, rows), 4.6)
+    FIGURE.with_suffix(".svg").unlink()  # the page shows the PNG
+    said = _TEXT.format(factors=by_factor(rows), one=at_one(rows), path=path.relative_to(ROOT))
+    text = _BLOCK.sub(lambda m: m[1] + said + m[2], PAGE.read_text(encoding="utf-8"))
+    PAGE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
