@@ -14,6 +14,7 @@ KERNELS = Registry(
     "kernel",
     {
         "cpu_int4": "fewbits.kernels.cpu_int4:KERNEL",
+        "int8_mm": "fewbits.kernels.int8_mm:KERNEL",
         "cpu_int8": "fewbits.kernels.cpu_int8:KERNEL",
         "cpu_fp16": "fewbits.kernels.cpu_fp16:KERNEL",
         "cuda_int4": "fewbits.kernels.cuda_int4:KERNEL",

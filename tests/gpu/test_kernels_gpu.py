@@ -114,3 +114,23 @@ def test_greedy_text_is_the_same_on_both_devices() -> None:
     assert here.ids == there.ids
     quantize_in_place(model, "int4-asym-g32")
     list(stream(model, byte_tokenizer(), "abc", max_new_tokens=4))
+
+
+@pytest.mark.parametrize("inputs", ["int8-token", "int8-tensor", "int8-tensor-static"])
+def test_int8_products_equal_the_reference(inputs: str) -> None:
+    torch.manual_seed(0)
+    format, activations = parse_format("int8-channel"), parse_format(inputs)
+    for shape in SHAPES:
+        weight = format.quantize(torch.randn(shape))
+        spec = LinearSpec(format=format, shape=shape, device=torch.device("cuda", 0), activations=activations)
+        cpu = LinearSpec(format=format, shape=shape, device=torch.device("cpu"), activations=activations)
+        kernel = choose(spec)
+        assert kernel.name == "int8_mm"
+        for rows in (1, 17, 200):
+            x = torch.randn(rows, shape[1])
+            state = {"input_scale": torch.tensor([[0.02]])} if activations.scaling.static else {}
+            expected = REFERENCE.linear(x, REFERENCE.prepack(weight) | state, cpu)
+            there = kernel.prepack(on_device(weight)) | {name: value.cuda() for name, value in state.items()}
+            y = kernel.linear(x.cuda(), there, spec)
+            # The last bit of a scale may differ there, and with it the level of an x between two.
+            assert sqnr_db(expected, y.cpu()) > 60, (shape, rows)

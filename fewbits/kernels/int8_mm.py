@@ -1,0 +1,112 @@
+"""INT8 times INT8 with int32 sums, where the hardware multiplies so: torch._int_mm.
+
+    y[m, n] = (sum_k q_x[m, k] q_w[n, k]) * scale_x[m] * scale_w[n]
+
+q_x are the levels x is rounded to, with one scale a token or one for all (W8A8), q_w the weight's codes less that of
+level 0. The sums are exact, so this equals the reference to the rounding of the two scales. A GPU does it in its tensor
+cores, a CPU with AVX-512 VNNI or AMX instructions. Without them torch's product is a plain loop, tens of times slower
+than float32 (cpu_int8.py), and this kernel says no: cpu_int8 then multiplies the same levels in float32, just as
+exactly up to sums of 2**24.
+
+cuBLASLt wants more than 16 rows and whole blocks of 16 columns, so x is padded with rows and the weight with columns
+of zeros. Zero points are refused: INT8 levels less a zero point do not fit 8 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fewbits.formats import Quantized
+from fewbits.kernels.base import (
+    Bound,
+    LinearSpec,
+    No,
+    Packed,
+    Yes,
+    affine,
+    joined_rows,
+    middle_code,
+    split_levels,
+    whole_tokens,
+)
+
+_BLOCK = 16
+_LEAST_ROWS = 32  # cuBLASLt: more than 16
+
+
+@lru_cache(maxsize=16)
+def multiplies_int8(device: torch.device) -> bool:
+    """Whether `device` has INT8 products that torch uses and that are right; tried once."""
+    able = device.type == "cuda" or torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
+    if not able or device.type not in ("cpu", "cuda"):
+        return False
+    x = (torch.arange(_LEAST_ROWS * 32, device=device).reshape(_LEAST_ROWS, 32) * 37 % 255 - 127).to(torch.int8)
+    w = (torch.arange(16 * 32, device=device).reshape(16, 32) * 91 % 255 - 127).to(torch.int8)
+    try:
+        y = torch._int_mm(x, w.t())
+    except (RuntimeError, NotImplementedError):  # the GPU is too old, or torch is built without it
+        return False
+    return torch.equal(y.double(), x.double() @ w.double().t())
+
+
+class Int8Mm:
+    name = "int8_mm"
+    floor_db = 110.0
+    input_dtype: torch.dtype | None = torch.float32
+    recovers_codes = True
+
+    def accepts(self, spec: LinearSpec) -> Yes | No:
+        inputs = spec.activations
+        if inputs is None or inputs.grid.kind != "integer" or inputs.scaling.zero_point:
+            return No("it multiplies by INT8 inputs without a zero point")
+        for no in (affine(spec.format), whole_tokens(spec)):
+            if no is not None:
+                return no
+        if spec.format.scaling.zero_point:
+            return No("its weights have no zero point")
+        if spec.format.bits < 5:
+            return No("it would keep 8 bits for a weight of fewer than 5")
+        size = spec.format.scaling.group_size
+        if size is not None and size < spec.shape[1]:
+            return No("it has one scale per row, the format one per group")
+        if not multiplies_int8(spec.device):
+            what = "CPU (no AVX-512 VNNI, no AMX)" if spec.device.type == "cpu" else spec.device.type
+            return No(f"this {what} multiplies no INT8 that torch knows of")
+        return Yes("INT8 products with int32 sums, 8 bits per weight in memory")
+
+    def prepack(self, weight: Quantized) -> Packed:
+        rows, columns = weight.shape
+        levels = (weight.codes.short() - middle_code(weight.format)).to(torch.int8)
+        return {
+            "weight": functional.pad(levels, (0, -columns % _BLOCK, 0, -rows % _BLOCK)).contiguous(),
+            "scale": weight.scale.float().expand(rows, 1).reshape(rows).contiguous(),
+        }
+
+    def codes(self, packed: Packed, spec: LinearSpec) -> Tensor:
+        rows, columns = spec.shape
+        return (packed["weight"][:rows, :columns].short() + middle_code(spec.format)).to(torch.uint8)
+
+    def bind(self, packed: Packed, spec: LinearSpec) -> Bound:
+        return lambda x: self.linear(x, packed, spec)
+
+    def join(self, parts: Sequence[Packed], specs: Sequence[LinearSpec]) -> tuple[Packed, list[Packed]] | None:
+        return joined_rows(parts, specs, {"weight": 0, "scale": 0})
+
+    def linear(self, x: Tensor, packed: Packed, spec: LinearSpec) -> Tensor:
+        assert spec.activations is not None
+        out, columns = spec.shape
+        weight = packed["weight"]
+        levels, scale = split_levels(x.reshape(-1, columns), spec.activations, packed)
+        count = levels.shape[0]
+        more = max(0, _LEAST_ROWS - count) if x.device.type == "cuda" else 0
+        whole = functional.pad(levels.to(torch.int8), (0, weight.shape[1] - columns, 0, more))
+        y = torch._int_mm(whole, weight.t())[:count, :out].float()
+        return (y * scale * packed["scale"]).to(x.dtype).reshape(*x.shape[:-1], out)
+
+
+KERNEL = Int8Mm()
