@@ -236,7 +236,8 @@ class CompressedTensors(Codec):
             width = next((size for size in (128, 64, 32, 16) if layer.shape[1] % size == 0), 0)
         bits = layer.format.bits
         block = "channel" if bits == 8 or not width else f"g{width}"
-        return parse_format(f"int{bits}-{block}").with_scale_dtype(torch.float16)
+        zero = "" if layer.format.symmetric or bits == 8 else "-asym"
+        return parse_format(f"int{bits}{zero}-{block}").with_scale_dtype(torch.float16)
 
     def encode(self, stored: Stored) -> dict[str, Tensor]:
         return _tensors(stored)

@@ -160,7 +160,8 @@ class GPTQ(Codec):
         bits = next(width for width in (2, 3, 4, 8) if width >= min(layer.format.bits, 8))
         size = layer.format.scaling.group_size or 128
         size = size if layer.shape[1] % size == 0 else 32
-        return parse_format(f"int{bits}-{group_name(size, layer.shape[1])}").with_scale_dtype(torch.float16)
+        zero = "" if self.version == 1 or layer.format.symmetric else "-asym"
+        return parse_format(f"int{bits}{zero}-{group_name(size, layer.shape[1])}").with_scale_dtype(torch.float16)
 
     def encode(self, stored: Stored) -> dict[str, Tensor]:
         format, (rows, columns) = stored.format, stored.shape

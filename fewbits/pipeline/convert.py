@@ -4,10 +4,11 @@
 
 Where the target can say the very numbers of a layer nothing is rounded, and the layer is *lossless*: decoded, both
 files give the same float32 values. Where it cannot, the run stops with the layer's name and the reason; `requantize`
-allows two ways on, each with its error stated:
+allows three ways on, with the error stated:
 
 - *rescaled*: the codes stay and only the scales are rounded, to float16 or to the reciprocal that NVFP4 has in
   compressed-tensors. The loss is in the last bits of the scale.
+- *weights only*: the weights stay as they are and activations are no longer rounded.
 - *requantized*: the layer is decoded and rounded to nearest in the target's format most like its own, which adds to
   what the first quantization lost. Quantizing the original again is better where there is one.
 
@@ -60,7 +61,7 @@ class Converted:
     name: str
     before: str
     after: str
-    action: str  # lossless, rescaled, requantized or decoded
+    action: str  # lossless, weights only, rescaled, requantized or decoded
     reason: str = ""
     sqnr_db: float | None = None
 
@@ -235,16 +236,19 @@ class _Run:
         if reason is None:
             assert isinstance(found, Stored)
             return found, "lossless", "", None
+        candidates = _rescaled(found) if isinstance(found, Stored) else []
+        fitting = next((each for each in candidates if self.codec.refuses(each) is None), None)
+        if isinstance(found, Stored) and fitting is not None and _equal(found, fitting):
+            return fitting, "lossless", "", None
         if not self.requantize:
             raise Unsupported(
                 f"{name}: {self.to} cannot hold it as it is: {reason}. --requantize rounds such layers again "
                 f"and states the error"
             )
-        if isinstance(found, Stored):
-            for candidate in _rescaled(found):
-                if self.codec.refuses(candidate) is None:
-                    self._left_out(found, candidate)
-                    return candidate, "rescaled", reason, _error(found, candidate)
+        if isinstance(found, Stored) and fitting is not None:
+            self._left_out(found, fitting)
+            error = _error(found, fitting)
+            return fitting, "weights only" if error is None else "rescaled", reason, error
         return self._rounded(name, found, reason)
 
     def _rounded(self, name: str, found: Stored | Dense, reason: str) -> tuple[Stored, str, str, float | None]:
@@ -265,6 +269,14 @@ class _Run:
     def _left_out(self, before: Stored, after: Stored) -> None:
         if before.activations is not None and after.activations is None:
             self.notes[f"activations are no longer rounded to {before.activations.name}"] = None
+
+
+def _equal(before: Stored, after: Stored) -> bool:
+    """Whether only the dtype of the scales differs, and not their values."""
+    if before.state.keys() != after.state.keys() or before.activations != after.activations:
+        return False
+    scales = [name for name in ("scale", "minimum") if name in before.state]
+    return all(torch.equal(before.state[name].float(), after.state[name].float()) for name in scales)
 
 
 def _error(before: Stored, after: Stored) -> float | None:

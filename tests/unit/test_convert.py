@@ -81,6 +81,12 @@ def test_scales_of_another_dtype_keep_their_codes(tmp_path: Path) -> None:
     assert set(done.actions) == {"rescaled"} and all(layer.sqnr_db and layer.sqnr_db > 60 for layer in done.layers)
 
 
+def test_bfloat16_scales_that_float16_can_say_are_lossless(tmp_path: Path) -> None:
+    first = checkpoint(tmp_path / "first", "compressed-tensors", "int4-g32", torch.bfloat16)
+    done = convert(first, "awq", tmp_path / "out")
+    assert set(done.actions) == {"lossless"} and equal(values(first), values(tmp_path / "out"))
+
+
 def test_dense(tmp_path: Path) -> None:
     first = checkpoint(tmp_path / "first", "awq", "int4-asym-g32")
     done = convert(first, "dense", tmp_path / "out", dtype=torch.float32)

@@ -1,0 +1,142 @@
+"""Writes docs/checkpoints.md: which checkpoint formats there are, and every conversion between them, by running it.
+
+    python docs/make_checkpoints_page.py
+
+Sources are linears that other libraries wrote (tests/golden/checkpoints), so each row starts from a real file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fewbits.checkpoints.codecs import CODECS
+from fewbits.checkpoints.safetensors_file import SafetensorsFile, write_stream
+from fewbits.core.errors import BadInput, Unsupported
+from fewbits.pipeline.convert import Conversion, convert, targets
+
+HERE = Path(__file__).resolve().parent
+GOLDEN = HERE.parent / "tests" / "golden" / "checkpoints"
+# (fixture, case) -> what a reader calls it
+ROWS = {
+    ("gptq", "gptq-4-32-sym"): "GPTQ, symmetric",
+    ("gptq", "gptq_v2-4-32-asym"): "GPTQ v2, zero points",
+    ("gptq", "gptq-4-32-sym-order"): "GPTQ, act-order",
+    ("gptq", "gptq-3-32-sym"): "GPTQ, 3 bits",
+    ("awq", "gemm-32-asym"): "AWQ",
+    ("bitsandbytes", "nf4-64-256"): "bitsandbytes NF4",
+    ("bitsandbytes", "nf4-nested-64-256"): "bitsandbytes NF4, nested",
+    ("bitsandbytes", "int8"): "bitsandbytes int8",
+    ("compressed_tensors", "W4A16"): "compressed-tensors W4A16",
+    ("compressed_tensors", "W8A8"): "compressed-tensors W8A8",
+    ("compressed_tensors", "FP8_DYNAMIC"): "compressed-tensors FP8_DYNAMIC",
+    ("compressed_tensors", "FP8_BLOCK"): "compressed-tensors FP8_BLOCK",
+    ("compressed_tensors", "NVFP4A16"): "compressed-tensors NVFP4A16",
+    ("compressed_tensors", "MXFP4A16"): "compressed-tensors MXFP4A16",
+    ("modelopt", "nvfp4"): "ModelOpt NVFP4",
+    ("mlx", "affine-4-64-half"): "MLX, 4 bits",
+    ("mlx", "mxfp4-4-32"): "MLX MXFP4",
+    ("hqq", "4-axis1"): "HQQ, 4 bits",
+}
+HEAD = """# Checkpoint formats
+
+`fewbits load`, `eval`, `generate` and `convert` read all of these; how each lays out its tensors is told at the head of
+its file in `fewbits/checkpoints`. Written by `python docs/make_checkpoints_page.py`.
+
+"""
+MATRIX = """
+## Conversions
+
+`fewbits convert SRC --to FORMAT -o OUT` goes from one to the other without building the model. Each cell was run, on a
+linear that the library named wrote (`tests/golden/checkpoints`):
+
+- **lossless**: the new file decodes to the same float32 values, bit for bit.
+- **rescaled**, **requantized**: refused, unless `--requantize`; then with the signal-to-noise ratio given, against the
+  source's values. Rescaled layers keep their codes and only round scales.
+- **weights only**: refused, unless `--requantize`; the weights are lossless, but activations are no longer rounded.
+
+"""
+NOTES = """
+Minus zero, which E2M1 and E4M3 have and our grids do not, becomes zero. `dense` decodes in float32 here. A layer whose
+scales are bfloat16 goes to GPTQ or AWQ without loss where float16 has the same numbers, which is the usual case.
+
+## Why not lossless
+
+"""
+
+
+def source(folder: Path, fixture: str, case: str) -> Path:
+    """The linear of a fixture as a directory of its own."""
+    file = SafetensorsFile(GOLDEN / f"{fixture}.safetensors")
+    about: dict[str, Any] = json.loads(file.metadata["cases"])[case]
+    config = {"model_type": "none", "dtype": "float16"}
+    config |= about if "quantization" in about else {"quantization_config": about}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    names = [name for name in file.names() if name.startswith(f"{case}/m.")]
+    infos = {name: file.info(name) for name in names}
+    items = [
+        (name.removeprefix(f"{case}/"), infos[name].dtype, infos[name].shape, lambda name=name: file.tensor(name))
+        for name in names
+    ]
+    write_stream(folder / "model.safetensors", items)
+    return folder
+
+
+def run(first: Path, to: str, out: Path) -> tuple[str, str]:
+    """(cell, reason)."""
+    import torch
+
+    def attempt(requantize: bool) -> Conversion:
+        return convert(first, to, out, requantize=requantize, dtype=torch.float32)
+
+    try:
+        return _cell(attempt(False)), ""
+    except Unsupported as error:
+        why = str(error).split("as it is: ")[-1].split(". --requantize")[0]
+    try:
+        return _cell(attempt(True)), why
+    except BadInput as error:
+        return "refused", f"{why}; {str(error).split(': ')[-1]}"
+
+
+def _general(why: str) -> str:
+    """A reason without the name of the format at hand."""
+    return re.sub(r"has no \S+$", "has no such numbers", re.split("; this is|; these are", why)[0])
+
+
+def _cell(done: Conversion) -> str:
+    (layer,) = done.layers
+    if layer.action == "decoded":
+        return "lossless" if layer.sqnr_db is None else f"{layer.sqnr_db:.0f} dB"
+    return layer.action if layer.sqnr_db is None else f"{layer.action}, {layer.sqnr_db:.0f} dB"
+
+
+def main() -> None:
+    wanted, reasons = targets(), {}
+    lines = ["| from \\ to | " + " | ".join(wanted) + " |", "|---" * (len(wanted) + 1) + "|"]
+    with tempfile.TemporaryDirectory() as folder:
+        for number, ((fixture, case), title) in enumerate(ROWS.items()):
+            first, cells = source(Path(folder) / f"{number}", fixture, case), []
+            for to in wanted:
+                cell, why = run(first, to, Path(folder) / f"{number}-{to}")
+                cells.append(cell)
+                if why:
+                    reasons.setdefault((to, _general(why)), []).append(title)
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    held = ["| format | reads | writes | holds |", "|---|---|---|---|"]
+    held += [f"| `{name}` | yes | {'yes' if codec.writes else '-'} | {codec.holds} |" for name, codec in CODECS.items()]
+    order = sorted(reasons, key=lambda item: wanted.index(item[0]))
+    why = ["| to | why | from |", "|---|---|---|"]
+    why += [f"| {to} | {text} | {'; '.join(reasons[to, text])} |" for to, text in order]
+    text = HEAD + "\n".join(held) + "\n" + MATRIX + "\n".join(lines) + "\n" + NOTES + "\n".join(why) + "\n"
+    (HERE / "checkpoints.md").write_text(text, encoding="utf-8")
+    print("checkpoints.md")
+
+
+if __name__ == "__main__":
+    main()
