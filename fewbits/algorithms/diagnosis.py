@@ -41,7 +41,8 @@ _BLAMED = 3  # channels
 
 
 def diagnose(x: Tensor, weights: Sequence[Tensor], format: Format, activations: Format) -> dict[str, Any]:
-    """JSON: `error`, `inputs`, `channels` [[number, share of `inputs`], ...], worst first, and `remedies`.
+    """JSON: `error`, `inputs`, `channels` [[number, share of `inputs`], ...], worst first, `remedies`, and `sinks`:
+    the share of the tokens that are.
 
     x [tokens, in] is what linears of `weights` [out, in] read.
     """
@@ -76,4 +77,10 @@ def diagnose(x: Tensor, weights: Sequence[Tensor], format: Format, activations: 
         without = lost(round_rest(x, activations, torch.tensor([channel], device=x.device)), weight)
         blamed.append([channel, 1 - without / inputs if inputs else 0.0])
     blamed.sort(key=lambda each: -each[1])
-    return {"error": lost(rounded, codes), "inputs": inputs, "channels": blamed, "remedies": remedies}
+    return {
+        "error": lost(rounded, codes),
+        "inputs": inputs,
+        "channels": blamed,
+        "remedies": remedies,
+        "sinks": 1 - float(counted.float().mean()),
+    }

@@ -7,8 +7,8 @@ absmax of each batch,
 
     m <- m + 0.01 (absmax(batch) - m),
 
-which forgets a rare extreme where absmax keeps the largest ever seen. Source of the latter: TensorFlow's and PyTorch's
-observers.
+which forgets a rare extreme where absmax keeps the largest ever seen (TensorFlow's and PyTorch's observers). `delayed`
+is the largest of the last 16 batches (calibration/amax_history.py).
 
 A *sink* is a token that towers over the others (formats/rows.py): in nearly every text the first, and in a few blocks a
 delimiter, where the model parks attention it has no use for. With formats that keep sinks apart (`-sinks`) they are
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fewbits.algorithms.ranges import RANGES, Range
+from fewbits.calibration.amax_history import AmaxHistory
 from fewbits.calibration.histogram import Histogram
 from fewbits.core.errors import FewbitsError, unknown
 from fewbits.formats import Format
@@ -30,14 +31,16 @@ from fewbits.formats.rows import sinks
 from fewbits.formats.scales import State
 
 MOVING_AVERAGE = "moving_average"
+DELAYED = "delayed"
 _MOMENTUM = 0.01
+_HISTORY = 16
 # Other names for the same.
 ALIASES = {"entropy": "kl", "minmax": "absmax", "ema": MOVING_AVERAGE}
 
 
 def estimator_called(name: str) -> str:
     """The estimator of that name or alias; BadInput lists what there is."""
-    known = [*RANGES.names(), MOVING_AVERAGE]
+    known = [*RANGES.names(), MOVING_AVERAGE, DELAYED]
     found = ALIASES.get(name, name)
     if found not in known:
         raise unknown("range of activations", name, [*known, *ALIASES])
@@ -53,15 +56,18 @@ class InputRange:
     tokens: int = 0
     sinks: int = 0
     largest_sink: float = 0.0
+    finite: bool = True
     _low: Tensor | None = None
     _high: Tensor | None = None
     _histograms: list[Histogram] = field(default_factory=list)
+    _histories: list[AmaxHistory] = field(default_factory=list)
 
     def add(self, x: Tensor) -> None:
         """Sees inputs `x` [..., in] of one batch."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         if not len(x):
             return
+        self.finite &= bool(torch.isfinite(x).all())
         apart = sinks(x)
         self.tokens += len(x)
         self.sinks += int(apart.sum())
@@ -72,6 +78,11 @@ class InputRange:
         groups = x.split(self.format.scaling.width(x.shape[1]), dim=1)
         if self.estimator in ("absmax", MOVING_AVERAGE):
             self._extremes(groups)
+            return
+        if self.estimator == DELAYED:
+            self._histories = self._histories or [AmaxHistory(length=_HISTORY, top=1.0) for _ in groups]
+            for history, part in zip(self._histories, groups, strict=True):
+                history.update(float(part.abs().max()))
             return
         self._histograms = self._histograms or [Histogram() for _ in groups]
         for histogram, part in zip(self._histograms, groups, strict=True):
@@ -94,19 +105,20 @@ class InputRange:
             raise FewbitsError(
                 f"{name}: no calibration text reached it, so its inputs have no range; use a dynamic one"
             )
-        low, high = self._range(name)
-        scale, zero = self.format.with_scale_dtype(dtype).params_from_range(low[None], high[None])
-        if not bool(torch.isfinite(scale).all()):
+        if not self.finite:
             raise FewbitsError(f"{name}: calibration inputs are NaN or infinite; calibrate in float32 or bfloat16")
+        low, high = self._range()
+        scale, zero = self.format.with_scale_dtype(dtype).params_from_range(low[None], high[None])
         found = {"input_scale": scale.float()}
         return found if zero is None else {**found, "input_zero": zero}
 
-    def _range(self, name: str) -> Range:
+    def _range(self) -> Range:
         if self._low is not None and self._high is not None:
             return self._low, self._high
+        if self._histories:
+            reach = torch.tensor([1 / history.scale for history in self._histories])
+            return -reach, reach
         method = RANGES.get(self.estimator)()
-        for histogram in self._histograms:
-            histogram.check(name)
         ends = [method.of_histogram(histogram, self.format) for histogram in self._histograms]
         return torch.stack([low for low, _ in ends]).float(), torch.stack([high for _, high in ends]).float()
 

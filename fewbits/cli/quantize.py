@@ -80,7 +80,7 @@ def quantize(
     act_range: Annotated[
         str | None,
         typer.Option(
-            help="Static activations (W8A8_STATIC, FP8): absmax, moving_average, percentile, mse, entropy, …",
+            help="Static activations (W8A8_STATIC, FP8): absmax, moving_average, delayed, percentile, mse, entropy, …",
             show_default=False,
         ),
     ] = None,

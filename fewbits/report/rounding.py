@@ -26,13 +26,14 @@ _CALLED = {
 @dataclass(frozen=True, kw_only=True)
 class Diagnosed:
     """error: share of the outputs lost by rounding to nearest on both sides; inputs: on the input side alone; channels:
-    (number, share of inputs), worst first; remedies: name -> error with it."""
+    (number, share of inputs), worst first; remedies: name -> error with it; sinks: share of the tokens."""
 
     name: str
     error: float
     inputs: float
     channels: tuple[tuple[int, float], ...]
     remedies: dict[str, float]
+    sinks: float = 0.0
 
 
 def diagnosed(certificate: Certificate) -> list[Diagnosed]:
@@ -59,6 +60,7 @@ def _diagnosed(entry: dict[str, Any]) -> Diagnosed | None:
         inputs=inputs,
         channels=tuple((int(c), s) for c, s in channels if c is not None and s is not None),
         remedies={key: value for key, value in tried.items() if value is not None},
+        sinks=number(raw.get("sinks")) or 0.0,
     )
 
 
@@ -83,6 +85,13 @@ def lead(certificate: Certificate) -> str:
     best = min(left.values(), default=1.0)
     advice = f"Of the sum of these errors would be left with {said}. " if left else ""
     advice += "Nothing here would help much. " if left and best > 0.8 else ""
+    towering = [layer for layer in layers if layer.sinks]
+    if towering:
+        most = max(layer.sinks for layer in towering)
+        advice += (
+            f"In {len(towering)} of {len(layers)} inputs some tokens (at most {percent(most)} of them) tower over the "
+            "others: sinks, mostly the first of a text. What is lost of them is not counted. "
+        )
     return (
         f"{advice}Errors are shares of the square of a layer's outputs, rounded to nearest on both sides, as they are "
         "and with each remedy, on a sample of held-out text behind the transforms that were made; layers that share an "

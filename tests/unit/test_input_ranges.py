@@ -12,6 +12,7 @@ from tiny_runtime_models import byte_tokenizer, tiny_llama
 
 from fewbits.algorithms.input_ranges import InputRange, estimator_called
 from fewbits.algorithms.ranges import RANGES
+from fewbits.calibration.amax_history import AmaxHistory
 from fewbits.core.errors import BadInput, FewbitsError
 from fewbits.formats import parse_format
 from fewbits.formats.rows import SINK, SINK_RATIO, round_rows, sinks
@@ -56,18 +57,32 @@ def test_groups_of_channels_have_ranges_of_their_own() -> None:
     assert float((rounded - x).abs().max()) <= float(expected.max()) * 0.501
 
 
-@pytest.mark.parametrize("estimator", [*RANGES.names(), "moving_average", "entropy"])
+@pytest.mark.parametrize("estimator", [*RANGES.names(), "moving_average", "delayed", "entropy"])
 def test_every_estimator_gives_a_range_within_absmax(estimator: str) -> None:
     absmax = seen(STATIC, "absmax", batches()).state("layer")["input_scale"]
     scale = seen(STATIC, estimator, batches()).state("layer")["input_scale"]
     assert scale.shape == (1, 1) and 0.3 * float(absmax) < float(scale) < 1.21 * float(absmax)
 
 
-def test_a_moving_average_forgets() -> None:
+def test_some_estimators_forget() -> None:
     xs = batches(count=200)
     xs[0] = xs[0] * 1000
-    found = float(seen(STATIC, "moving_average", xs).state("layer")["input_scale"])
-    assert found < 0.2 * float(seen(STATIC, "absmax", xs).state("layer")["input_scale"])
+    absmax = float(seen(STATIC, "absmax", xs).state("layer")["input_scale"])
+    for estimator in ("moving_average", "delayed"):
+        assert float(seen(STATIC, estimator, xs).state("layer")["input_scale"]) < 0.2 * absmax
+
+
+def test_delayed_scaling_is_transformer_engine_s() -> None:
+    history = AmaxHistory(length=4)
+    assert [history.update(amax) for amax in (3.5, 7, 1, 1, 1, 1)] == [128, 64, 64, 64, 64, 448]
+    assert history.update(0.0) == 448 and AmaxHistory(length=4, scale=3.0).update(0.0) == 3.0
+    for bad in (float("inf"), float("nan")):
+        broken = AmaxHistory(length=2, scale=3.0)
+        assert broken.update(bad) == 3.0 and broken.update(1.0) == 3.0 and broken.update(1.0) == 448
+    assert AmaxHistory(length=4).update(1e-45) == torch.finfo(torch.float32).max
+    assert AmaxHistory(length=4, margin=1).update(3.5) == 64
+    with pytest.raises(BadInput, match="at least 1 step"):
+        AmaxHistory(length=0)
 
 
 def test_sinks_are_counted_and_kept_apart_where_the_format_says_so() -> None:
@@ -91,6 +106,9 @@ def test_sinks_are_counted_and_kept_apart_where_the_format_says_so() -> None:
 def test_what_cannot_be_calibrated_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FewbitsError, match="no calibration text reached"):
         InputRange(format=STATIC, estimator="absmax").state("layer")
+    for estimator in ("absmax", "delayed", "mse"):
+        with pytest.raises(FewbitsError, match="layer: calibration inputs are NaN"):
+            seen(STATIC, estimator, [torch.full((1, 4, 8), torch.nan), torch.ones(1, 4, 8)]).state("layer")
     with pytest.raises(BadInput, match="range of activations"):
         estimator_called("median")
     with pytest.raises(BadInput, match="W8A8_STATIC or FP8"):
