@@ -123,7 +123,7 @@ def perplexity(model: Model, windows: list[list[int]]) -> dict[str, float]:
             top = max(row)
             total += math.log(sum(math.exp(value - top) for value in row)) + top - row[target]
             count += 1
-    return {"perplexity": math.exp(total / count), "tokens": count}
+    return {"perplexity": math.exp(total / count), "scored": count}
 
 
 def main() -> None:

@@ -17,14 +17,16 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
-from fewbits.core.errors import BadInput, nearest_first
+from fewbits.core.errors import BadInput, FewbitsError, nearest_first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 SAMPLE_WHOLE = 1 << 16  # tensors up to this many bytes enter the identity whole
 SAMPLE_WINDOWS = 16
@@ -117,6 +119,22 @@ def identity(
 def no_such_tensor(name: str, path: str, names: Iterable[str]) -> BadInput:
     near = ", ".join(nearest_first(name, names)[:3])
     return BadInput(f"{path}: no tensor named {name!r}; nearest: {near or 'the file holds none'}")
+
+
+def by_library(what: str, make: Callable[[], T]) -> T:
+    """`make()`, by a library that raises whatever it likes on a damaged file: BadInput starting with `what` instead.
+
+    A panic of the Rust below `tokenizers` is no Exception in Python; it is caught by its name.
+    """
+    try:
+        return make()
+    except FewbitsError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
+        raise BadInput(f"{what}: {reason}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

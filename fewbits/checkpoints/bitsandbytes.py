@@ -205,9 +205,14 @@ def _decode(source: Source, module: str, raw: Tensor, levels: Tensor, state: dic
     (rows, columns), size = state["shape"], state["blocksize"]
     scale = source.tensor(f"{module}.weight.absmax")
     if scale.dtype == torch.uint8:
-        nested = source.tensor(f"{module}.weight.nested_quant_map")[scale.int()]
+        nested = source.tensor(f"{module}.weight.nested_quant_map")
+        if not bool(nested.isfinite().all()):
+            raise BadInput(f"{module}.weight.nested_quant_map is not finite: the checkpoint is damaged")
+        nested = nested[scale.int()]
         ranges = source.tensor(f"{module}.weight.nested_absmax").repeat_interleave(state["nested_blocksize"])[:blocks]
         scale = nested * ranges + state.get("nested_offset", 0.0)
+    if not bool(levels.isfinite().all() and scale.isfinite().all()):
+        raise BadInput(f"{module}: its levels or scales are not finite: the checkpoint is damaged")
     codes = torch.stack([raw >> 4, raw & 15], dim=1).flatten()[: rows * columns]
     value = levels[codes.int()] * scale.repeat_interleave(size)[: rows * columns]
     return Dense(

@@ -25,7 +25,7 @@ from fewbits.formats import Format, Quantized, hadamard
 from fewbits.formats import bits as packing
 from fewbits.formats.low_rank import LowRank, LowRankSpec
 from fewbits.formats.outliers import Outliers, OutlierSpec
-from fewbits.formats.scales import State
+from fewbits.formats.scales import PlainScale, State
 
 CODECS = Registry(
     "checkpoint format",
@@ -223,6 +223,8 @@ def quantized_modules(source: Source) -> QuantizedModules:
 
 
 def _check(stored: Stored) -> None:
+    if min(stored.shape) < 1:
+        raise BadInput(f"a weight of {stored.shape[0]} x {stored.shape[1]}: the checkpoint is damaged")
     for name, (shape, dtype) in stored.format.layout(stored.shape).items():
         if name not in stored.state:
             raise BadInput(f"{name} is missing: the checkpoint is damaged")
@@ -234,6 +236,10 @@ def _check(stored: Stored) -> None:
             )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             raise BadInput(f"{name} holds NaN or infinite values: the checkpoint is damaged")
+    scale = stored.state["scale"]
+    largest = max(map(abs, stored.format.grid.levels))
+    if isinstance(stored.format.scaling.store, PlainScale) and float(scale.float().abs().max()) * largest > _LARGEST:
+        raise BadInput("a scale is so large that values overflow float32: the checkpoint is damaged")
     order = stored.order
     if order is not None and not torch.equal(order.sort().values, torch.arange(stored.shape[1])):
         raise BadInput(f"the order of its input channels is no permutation of {stored.shape[1]}")
@@ -258,6 +264,7 @@ def tensor_named(source: Source, name: str, rank: int, *dtypes: torch.dtype) -> 
     return tensor
 
 
+_LARGEST = torch.finfo(torch.float32).max
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 

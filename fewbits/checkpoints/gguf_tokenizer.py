@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from fewbits.checkpoints.base import by_library
 from fewbits.checkpoints.gguf_pretokenizers import WHOLE_TOKENS_FIRST, build, called
 from fewbits.core.errors import BadInput, Unsupported
 
@@ -42,15 +43,7 @@ def build_tokenizer(metadata: dict[str, Any], path: str, context: int) -> PreTra
 
     described = _described(metadata, path)
     options = _special_tokens(metadata, described["tokens"], path)
-    kind, rule = described["tokenizer_type"], called(described.get("pre_tokenizer_type", ""))
-    if kind == "gpt2" and rule is not None:
-        backend = _byte_level(described, rule)
-    elif kind == "llama" and "scores" in described:
-        backend = _sentencepiece(described, prefix=metadata.get("tokenizer.ggml.add_space_prefix", True) is not False)
-    elif kind == "t5" and "scores" in described:
-        backend = _unigram(described, metadata, path)
-    else:
-        backend = _by_transformers(described, metadata, path)
+    backend = by_library(f"{path}: the tokenizer is damaged", lambda: _backend(described, metadata, path))
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
         options["chat_template"] = template
@@ -59,9 +52,13 @@ def build_tokenizer(metadata: dict[str, Any], path: str, context: int) -> PreTra
             options[key] = metadata[f"tokenizer.ggml.{key}"]
     if described["tokenizer_type"] == "llama":
         options.setdefault("add_bos_token", True)  # llama.cpp's rule for files without the key
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=context, clean_up_tokenization_spaces=False, **options
+    tokenizer: PreTrainedTokenizerBase = by_library(
+        f"{path}: the tokenizer is damaged",
+        lambda: PreTrainedTokenizerFast(
+            tokenizer_object=backend, model_max_length=context, clean_up_tokenization_spaces=False, **options
+        ),
     )
+    return tokenizer
 
 
 def _described(metadata: dict[str, Any], path: str) -> dict[str, Any]:
@@ -107,6 +104,17 @@ def _special_tokens(metadata: dict[str, Any], tokens: list[str], path: str) -> d
         else:
             special[name] = tokens[index]
     return special
+
+
+def _backend(described: dict[str, Any], metadata: dict[str, Any], path: str) -> Any:
+    kind, rule = described["tokenizer_type"], called(described.get("pre_tokenizer_type", ""))
+    if kind == "gpt2" and rule is not None:
+        return _byte_level(described, rule)
+    if kind == "llama" and "scores" in described:
+        return _sentencepiece(described, prefix=metadata.get("tokenizer.ggml.add_space_prefix", True) is not False)
+    if kind == "t5" and "scores" in described:
+        return _unigram(described, metadata, path)
+    return _by_transformers(described, metadata, path)
 
 
 def _by_transformers(described: dict[str, Any], metadata: dict[str, Any], path: str) -> Any:
@@ -178,6 +186,8 @@ def _merges(described: dict[str, Any]) -> list[tuple[str, str]]:
 def _unigram(described: dict[str, Any], metadata: dict[str, Any], path: str) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+    if max(map(len, described["tokens"])) > MAX_PIECE:
+        raise BadInput(f"{path}: a token of more than {MAX_PIECE} characters, which no Unigram has")
     kinds = _kinds(described)
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", kinds.index(UNKNOWN) if UNKNOWN in kinds else None)
     if not all(math.isfinite(score) for score in described["scores"]):

@@ -233,7 +233,7 @@ def _width(about: dict[str, Any], columns: int, groups: int) -> int:
     """Input channels per group: as stated where the scales agree."""
     stated = about.get("group_size")
     if type(stated) is int and stated > 0 and -(-columns // stated) == groups:
-        return stated
+        return min(stated, columns)
     return -(-columns // groups)
 
 

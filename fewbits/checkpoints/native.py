@@ -113,20 +113,25 @@ def quantization_config(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def read_modules(config: dict[str, Any]) -> dict[str, Module]:
     """What a `quantization_config` says of each module; BadInput if it is damaged."""
     version = config.get("version")
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise BadInput(f"native checkpoint version {version!r}; expected {VERSION}")
     if version > VERSION:
         raise Unsupported(f"native checkpoint version {version}; this fewbits reads up to {VERSION}: upgrade fewbits")
-    modules = {}
-    for name, entry in config.get("modules", {}).items():
+    modules, stated = {}, config.get("modules", {})
+    if not isinstance(stated, dict) or not all(isinstance(entry, dict) for entry in stated.values()):
+        raise BadInput(f"native checkpoint: modules is {str(stated)[:80]}; an object for each module is expected")
+    for name, entry in stated.items():
         dtype, shape = entry.get("scale_dtype"), entry.get("shape")
-        if dtype not in SCALE_DTYPES:
+        if not isinstance(dtype, str) or dtype not in SCALE_DTYPES:
             raise BadInput(f"{name}: scale_dtype {dtype!r}; allowed: {', '.join(SCALE_DTYPES)}")
-        if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)):
-            raise BadInput(f"{name}: shape {shape!r}; expected [out, in]")
+        if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 2**31 for n in shape)):
+            raise BadInput(f"{name}: shape {str(shape)[:80]}; expected [out, in]")
         activations = entry.get("activations")
+        for format in (entry.get("format"), "" if activations is None else activations):
+            if not isinstance(format, str):
+                raise BadInput(f"{name}: format {str(format)[:80]}; the name of a format is expected")
         modules[name] = Module(
-            format=parse_format(entry.get("format", "")).with_scale_dtype(SCALE_DTYPES[dtype]),
+            format=parse_format(entry["format"]).with_scale_dtype(SCALE_DTYPES[dtype]),
             activations=None if activations is None else _activations(name, activations),
             shape=(shape[0], shape[1]),
             input_hadamard=_orders(name, entry.get("input_hadamard", []), shape[1]),

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fewbits.checkpoints import base
-from fewbits.checkpoints.base import TensorInfo, no_such_tensor, read_json
+from fewbits.checkpoints.base import TensorInfo, by_library, no_such_tensor, read_json
 from fewbits.checkpoints.safetensors_file import SafetensorsFile
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.models.topology import find_topology
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_SHARD = re.compile(r"[^/\\\0.][^/\\\0]*\.safetensors")
+_SHARD = re.compile(r"[^/\\\0.][^/\\\0]{0,200}\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _COMPANIONS = (
     "tokenizer*.json",
@@ -123,12 +123,10 @@ class SafetensorsSource:
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(self.directory), local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
-            raise BadInput(f"{self.path}: the tokenizer cannot be loaded: {error}") from error
+        tokenizer: PreTrainedTokenizerBase = by_library(
+            f"{self.path}: the tokenizer cannot be loaded",
+            lambda: AutoTokenizer.from_pretrained(str(self.directory), local_files_only=True, trust_remote_code=False),
+        )
         _, embeddings = self._head_and_embeddings()
         if embeddings in self._where:
             check_tokenizer(self.path, tokenizer, self._where[embeddings].info(embeddings).shape[0])

@@ -19,6 +19,8 @@ from fewbits.core.errors import BadInput, Unsupported, nearest_first
 from fewbits.models.topology import Topology, find_topology
 from fewbits.models.walk import ExpertRef, expert_refs
 
+MAX_BUFFER = 1 << 27  # rotary frequencies take kilobytes, masks of old models megabytes
+
 
 class TensorSource(Protocol):
     """What loading needs of a source: names, and tensors by name (tied names included)."""
@@ -43,9 +45,9 @@ def skeleton(config: dict[str, Any], *, attention: str | None = None) -> nn.Modu
 
     fields = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     model_type = fields.pop("model_type", None)
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise Unsupported(
-            f"model_type {model_type!r} is not one transformers knows; upgrade transformers, or convert the "
+            f"model_type {str(model_type)[:80]!r} is not one transformers knows; upgrade transformers, or convert the "
             f"model to a type it has (code that comes with a model is never run)"
         )
     try:
@@ -56,13 +58,14 @@ def skeleton(config: dict[str, Any], *, attention: str | None = None) -> nn.Modu
     except (
         StrictDataclassError,
         ArithmeticError,
+        AssertionError,  # what torch's own modules check with
         AttributeError,
         LookupError,
         RuntimeError,
         TypeError,
         ValueError,
     ) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:500]
         raise BadInput(f"config.json describes no {model_type} model that transformers can build: {reason}") from error
     model.requires_grad_(False)
     _make_computed_buffers_real(model)
@@ -74,6 +77,9 @@ def skeleton(config: dict[str, Any], *, attention: str | None = None) -> nn.Modu
 def _make_computed_buffers_real(model: Any) -> None:
     owners: dict[str, nn.Module] = dict(model.named_modules())
     computed = list(model.named_non_persistent_buffers())
+    largest = max((buffer.nbytes for _, buffer in computed), default=0)
+    if largest > MAX_BUFFER:
+        raise BadInput(f"config.json asks for a computed buffer of {largest} bytes; {MAX_BUFFER} are allowed")
     for name, buffer in computed:
         module, _, leaf = name.rpartition(".")
         fill = float("nan") if buffer.is_floating_point() else 0
@@ -183,6 +189,10 @@ def _assemble(
     device: torch.device | str,
 ) -> Tensor:
     """The fused parameter, filled slice by slice from the experts' own tensors."""
+    for ref in refs:  # before anything is allocated: the number of experts is only a claim
+        if f"{ref.disk_name}.weight" not in stored:
+            raise _missing(f"{ref.disk_name}.weight", stored, source)
+    _read(f"{refs[0].disk_name}.weight", refs[0].slice_of(parameter), stored, source)
     fused = torch.empty(parameter.shape, dtype=dtype, device=device)
     for ref in refs:
         target = ref.slice_of(fused)

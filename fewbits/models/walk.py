@@ -20,8 +20,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fewbits.core.errors import Unsupported
+from fewbits.core.errors import BadInput, Unsupported
 from fewbits.models.topology import ExpertLayout, Topology
+
+MAX_EXPERTS = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,6 +202,8 @@ def expert_refs(name: str, module: nn.Module, topology: Topology | None = None) 
     fused = {key: value for key, value in module.named_parameters(recurse=False) if value.dim() == 3}
     if "down_proj" not in fused or not fused.keys() & {"gate_up_proj", "up_proj"}:
         return
+    if fused["down_proj"].shape[0] > MAX_EXPERTS:
+        raise BadInput(f"{name or 'the model'} has {fused['down_proj'].shape[0]} experts; {MAX_EXPERTS} are allowed")
     transposed = _is_transposed(module, fused)
     layout = (topology and topology.experts) or ExpertLayout(module=name, disk=f"{name}.{{expert}}.{{part}}")
     above = name.removesuffix(layout.module)  # what stands before the block-relative names

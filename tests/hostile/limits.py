@@ -1,0 +1,48 @@
+"""What a broken file may cost: a second, 200 MB, and an error that is ours."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fewbits.core.errors import FewbitsError
+
+SECONDS = 1.0
+BYTES = 200 << 20
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+def attempt(act: Callable[[], Any]) -> FewbitsError | None:
+    """Runs `act`: the FewbitsError it raised, or None. Any other exception, a second or 200 MB more fail the test.
+
+    Memory is the process's peak, which counts torch's buffers too; Linux resets it on request.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    before, began = _resident("VmRSS"), time.process_time()
+    raised = None
+    try:
+        act()
+    except FewbitsError as error:
+        raised = error
+        assert str(error)
+    seconds, grown = time.process_time() - began, _resident("VmHWM") - before
+    assert seconds < SECONDS, f"took {seconds:.2f} s"
+    assert grown < BYTES, f"took {grown >> 20} MiB"
+    return raised
+
+
+def refused(act: Callable[[], Any]) -> FewbitsError:
+    """As `attempt`, and `act` must be refused."""
+    error = attempt(act)
+    assert error is not None, "it was taken"
+    return error
