@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbits.checkpoints.base import Source
+from fewbits.checkpoints.base import Source, by_library
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.core.registry import Registry
 from fewbits.formats import Format, Quantized, hadamard
 from fewbits.formats import bits as packing
 from fewbits.formats.low_rank import LowRank, LowRankSpec
 from fewbits.formats.outliers import Outliers, OutlierSpec
-from fewbits.formats.scales import PlainScale, State
+from fewbits.formats.scales import State
 
 CODECS = Registry(
     "checkpoint format",
@@ -191,24 +191,32 @@ class QuantizedModules:
 
     def __init__(self, source: Source, name: str | None = None, codec: Codec | None = None) -> None:
         self.source, self.name, self._codec = source, name, codec
-        self.entries: dict[str, Entry] = {} if codec is None else codec.entries(source)
+        self.entries: dict[str, Entry] = {}
+        if codec is not None:
+            damaged = f"{source.path}: its quantization settings are damaged, or of a layout fewbits does not know"
+            self.entries = by_library(damaged, lambda: codec.entries(source))
         self.notes: list[str] = []  # what the modules read so far left behind
 
     def read(self, module: str) -> Stored | Dense:
         """Module `module` as its file holds it; BadInput with its name where the file is damaged."""
-        assert self._codec is not None
         try:
-            found = self._codec.read(self.source, module, self.entries[module])
-            if isinstance(found, Stored):
-                _check(found)
-            elif not bool(torch.isfinite(found.value).all()):
-                raise BadInput("holds values that are NaN or infinite: the checkpoint is damaged")
+            # What a reader forgot to check shows as an error of torch's.
+            found = by_library("damaged, or of a layout fewbits does not know", lambda: self._read(module))
             if found.note and found.note not in self.notes:
                 self.notes.append(found.note)
         except BadInput as error:
             if module in str(error):
                 raise
             raise type(error)(f"{self.source.path}: {module}: {error}") from error
+        return found
+
+    def _read(self, module: str) -> Stored | Dense:
+        assert self._codec is not None
+        found = self._codec.read(self.source, module, self.entries[module])
+        if isinstance(found, Stored):
+            _check(found)
+        elif not bool(torch.isfinite(found.value).all()):
+            raise BadInput("holds values that are NaN or infinite: the checkpoint is damaged")
         return found
 
     def dense(self, module: str) -> Tensor:
@@ -236,10 +244,10 @@ def _check(stored: Stored) -> None:
             )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             raise BadInput(f"{name} holds NaN or infinite values: the checkpoint is damaged")
-    scale = stored.state["scale"]
+    scale, _ = stored.format.unsettle(stored.shape, stored.state)
     largest = max(map(abs, stored.format.grid.levels))
-    if isinstance(stored.format.scaling.store, PlainScale) and float(scale.float().abs().max()) * largest > _LARGEST:
-        raise BadInput("a scale is so large that values overflow float32: the checkpoint is damaged")
+    if not float(scale.float().abs().max()) * largest <= _LARGEST:
+        raise BadInput("a scale is NaN, or so large that values overflow float32: the checkpoint is damaged")
     order = stored.order
     if order is not None and not torch.equal(order.sort().values, torch.arange(stored.shape[1])):
         raise BadInput(f"the order of its input channels is no permutation of {stored.shape[1]}")

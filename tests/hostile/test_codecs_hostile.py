@@ -117,17 +117,19 @@ def test_scales_that_are_no_numbers_are_refused(file: SafetensorsFile, case: str
             source = Broken(file, case)
             source.tensors[name] = value.clone()
             source.tensors[name].view(-1)[-1] = float(number)
-            refused(source.decode)
+            codes = name.endswith("W_q")  # HQQ can view codes as floats: any bits are right
+            (attempt if codes else refused)(source.decode)
 
 
 @pytest.mark.parametrize(("file", "case"), fixtures())
-def test_a_missing_tensor_is_refused(file: SafetensorsFile, case: str) -> None:
-    optional = ("g_idx", "bias", "weight_shape", "weight_format")
+def test_a_missing_tensor_is_refused_or_not_needed(file: SafetensorsFile, case: str) -> None:
+    whole = Broken(file, case).decode()
     for name in Broken(file, case).names():
         source = Broken(file, case)
         del source.tensors[name]
-        error = attempt(source.decode)
-        assert error is not None or name.endswith(optional) or not source.decode(), name
+        if attempt(source.decode) is None:  # it was of no account
+            found = source.decode()
+            assert all(torch.equal(found[module], whole[module]) for module in found), name
 
 
 VALUES: list[Any] = [
