@@ -1,4 +1,4 @@
-"""Writes what docs/w8a8.md says of results, tables and figure, from the newest "w8a8" record.
+"""Writes what docs/w8a8.md says of results, tables and figure, from the newest "w8a8" and "prefill" records.
 
 python benchmarks/make_w8a8_page.py
 """
@@ -24,7 +24,6 @@ LINES: dict[str, tuple[str, int, str, Any]] = {
     "rotate": ("rotation, one scale a token", 3, "D", (3, 1)),
     "llm_int8": ("LLM.int8()", 1, "^", (2, 1, 2, 1)),
 }
-_BLOCK = re.compile(r"(<!-- results:begin -->\n).*?(<!-- results:end -->)", re.DOTALL)
 _TEXT = """## What outliers cost
 
 The embedded model, weights in INT8 with one scale a row, rounded to nearest. Rise of the perplexity over fp32 in %,
@@ -104,6 +103,35 @@ def draw(figure: Any, rows: dict[tuple[str, int], dict[str, Any]]) -> None:
     figure.legend(loc="outside lower center", ncols=2)
 
 
+def prefill() -> str:
+    """A prompt through whole models, and the products it is made of."""
+    found = latest("prefill")
+    if found is None:
+        return ""
+    path, record = found
+    models = [row for row in record["rows"] if "model" in row]
+    base = next(row["seconds"] for row in models if row["model"] == "transformers, bfloat16")
+    lines = ["| | tokens/s | times bfloat16 |", "|---|---:|---:|"]
+    lines += [f"| {row['model']} | {row['tokens_per_second']:.0f} | {base / row['seconds']:.1f} |" for row in models]
+    tokens, inputs, outputs = record["shape"]
+    lines += ["", f"| {tokens} x {inputs} by {inputs} x {outputs} | ms | largest error of a sum |", "|---|---:|---:|"]
+    for row in record["rows"]:
+        if "product" in row:
+            lines.append(f"| {row['product']} | {1e3 * row['seconds']:.1f} | {100 * row['largest_error']:.2g} % |")
+    cpu = record["environment"].get("cpu", "this CPU")
+    return (
+        f"{record['tokens']} tokens through the embedded model, {cpu}, {record['threads']} threads.\n\n"
+        + "\n".join(lines)
+        + f"\n\nFrom [`{path.relative_to(ROOT)}`](../{path.relative_to(ROOT)}).\n"
+    )
+
+
+def between(name: str, said: str, page: str) -> str:
+    """`page` with `said` between the marks called `name`."""
+    block = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+    return block.sub(lambda m: m[1] + said + m[2], page)
+
+
 def main() -> None:
     found = latest("w8a8")
     if found is None:
@@ -113,8 +141,8 @@ def main() -> None:
     save(FIGURE, lambda figure, wide: draw(figure, rows), 4.6)
     FIGURE.with_suffix(".svg").unlink()  # the page shows the PNG
     said = _TEXT.format(factors=by_factor(rows), one=at_one(rows), path=path.relative_to(ROOT))
-    text = _BLOCK.sub(lambda m: m[1] + said + m[2], PAGE.read_text(encoding="utf-8"))
-    PAGE.write_text(text, encoding="utf-8")
+    page = between("results", said, PAGE.read_text(encoding="utf-8"))
+    PAGE.write_text(between("prefill", prefill(), page), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ COMMON_FORMATS = (
     "fp8_e4m3-channel",
     "fp4_e2m1-g16",
 )
+BOTH_SIDES = ("W8A8", "W4A8")  # schemes that round the inputs too
 # What no codec of quantized models is for.
 CHECKPOINTS: tuple[Row, ...] = (
     {"checkpoint": "safetensors", "reads": "yes", "writes": "-", "holds": "dense float32, bfloat16, float16"},
@@ -105,13 +106,15 @@ def ranges() -> list[Row]:
 def kernels() -> list[Row]:
     import torch
 
-    from fewbits.formats import parse_format
+    from fewbits.formats import parse_format, parse_scheme
     from fewbits.kernels import LinearSpec, explain
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
-    for name in COMMON_FORMATS:
-        spec = LinearSpec(format=parse_format(name), shape=SHAPE, device=device)
+    products = [(name, parse_format(name), None) for name in COMMON_FORMATS]
+    products += [(name, parse_scheme(name).weights, parse_scheme(name).activations) for name in BOTH_SIDES]
+    for name, format, activations in products:
+        spec = LinearSpec(format=format, shape=SHAPE, device=device, activations=activations)
         answers = explain(spec)
         rows.append(
             {
