@@ -58,6 +58,7 @@ SETTINGS = [
     Setting(name="llm_int8 dequantized", method="llm_int8", options={"weights": "dequantized"}),
     Setting(name="smoothquant alpha 0.5", method="smoothquant", options={"alpha": 0.5}),
     Setting(name="smoothquant, gptq", method="smoothquant,gptq"),
+    Setting(name="groups", scheme="int8-channel/int8-g64"),
     Setting(name="static sinks mse", scheme="W8A8_STATIC_SINKS", act_range="mse"),
     Setting(name="static sinks percentile", scheme="W8A8_STATIC_SINKS", act_range="percentile"),
     Setting(name="static sinks kl", scheme="W8A8_STATIC_SINKS", act_range="kl"),
