@@ -103,6 +103,8 @@ class GPTQ(Codec):
         index = None
         if f"{module}.g_idx" in entry.parts:
             index = tensor_named(source, f"{module}.g_idx", 1, torch.int32, torch.int64).long()
+        elif about.get("desc_act") is True:
+            raise BadInput("desc_act says that columns are out of order, and g_idx, their order, is missing")
         bits, columns = _bits_and_columns(about, words, index)
         rows, groups = words.shape[1], scales.shape[0]
         if scales.shape[1] != rows or not groups:
