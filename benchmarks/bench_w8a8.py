@@ -52,6 +52,9 @@ SETTINGS = [
         name="static smoothquant, sinks apart", scheme="W8A8_STATIC_SINKS", method="smoothquant", act_range="absmax",
         everywhere=True,
     ),
+    Setting(
+        name="static smoothquant, sinks apart, mse", scheme="W8A8_STATIC_SINKS", method="smoothquant", act_range="mse",
+    ),
     Setting(name="static, sinks apart", scheme="W8A8_STATIC_SINKS", act_range="absmax"),
     Setting(name="static smoothquant", scheme="W8A8_STATIC", method="smoothquant", act_range="absmax"),
     Setting(name="llm_int8 fixed", method="llm_int8", options={"fixed": True}),

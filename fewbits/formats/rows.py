@@ -12,9 +12,9 @@
 A static scale costs nothing when the model runs and clips what calibration never saw. It has one enemy of its own: the
 first token of a text is a *sink* in most models, and its largest values are thousands of times those of all others, so
 that a scale that reaches them rounds everything else to 0. With `-sinks` calibration leaves tokens out whose largest
-magnitude exceeds the median token's `SINK_RATIO` times, and whatever exceeds the range `SINK` times when the model runs
-takes a scale of its own, as if it were dynamic. Tokens are told by their size and not by their position, so caches,
-padding and batches change nothing.
+magnitude exceeds the median token's `SINK_RATIO` times, and a token that reaches beyond the range when the model runs
+takes a scale of its own, as if it were dynamic: nothing is clipped. Tokens are told by their size and not by their
+position, so caches, padding and batches change nothing.
 
 E4M3 scales under an outer float32 (NVFP4) get an outer scale per token here, where a weight has one per tensor;
 checkpoints of the ecosystem fix one per layer by calibration, which this is never worse than by range. Formats whose
@@ -33,8 +33,7 @@ from fewbits.core.errors import BadInput
 from fewbits.formats.base import Format
 from fewbits.formats.scales import FloatScale, Layout, PlainScale, State
 
-SINK = 4.0  # times the static range
-SINK_RATIO = 8.0  # times the median over tokens of their largest magnitude
+SINK_RATIO = 4.0  # times the median over tokens of their largest magnitude
 
 Params = tuple[Tensor, Tensor | None]  # scale and zero, [rows or 1, groups]
 
@@ -118,7 +117,7 @@ def row_params(x: Tensor, format: Format, fixed: Params | None = None) -> Params
     if not format.scaling.sinks:
         return fixed
     scale, zero = by_token(format).params(x)
-    apart = scale > SINK * fixed[0]
+    apart = scale > fixed[0]
     known = None if zero is None or fixed[1] is None else torch.where(apart, zero, fixed[1])
     return torch.where(apart, scale, fixed[0]), known
 
