@@ -4,8 +4,7 @@
     python benchmarks/bench_convert.py --billions 0.7
 
 Prints one JSON object. The copy is `cp` and an fsync of every file, on the same disk and with the source in the page
-cache in both cases, twice in turns, the better of two; peak memory is the conversion's, a process of its own, without what importing torch takes being
-subtracted.
+cache in both cases; the better of two turns counts. Peak memory is that of the process that converts, torch included.
 """
 
 from __future__ import annotations
