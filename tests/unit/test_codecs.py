@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -182,3 +183,54 @@ def _not_finite(tensors: dict[str, Tensor], part: str) -> bool:
 
 def layer(name: str, shape: tuple[int, int] = SHAPE) -> Layer:
     return Layer(format=parse_format(name), shape=shape)
+
+
+def test_exl2_by_its_definition() -> None:
+    """Two groups of 4 and 5 bits, packed here code by code."""
+    draw = torch.Generator().manual_seed(0)
+    rows, widths, size = 16, (5, 4), 32
+    codes = [torch.randint(0, 1 << bits, (size, rows), generator=draw) for bits in widths]
+    words = torch.cat([_stream(part, bits) for part, bits in zip(codes, widths, strict=True)])
+    scale = torch.randint(0, 16, (2, rows), generator=draw)
+    most = torch.tensor([0.5, 0.75], dtype=torch.float16)
+    order = torch.randperm(2 * size, generator=draw)
+    tensors = {
+        "m.0.q_weight": words,
+        "m.0.q_scale": _stream(scale.t().contiguous(), 4).t().contiguous(),
+        "m.0.q_scale_max": most,
+        "m.0.q_groups": torch.tensor([5, 0, 4, 5], dtype=torch.int16),
+        "m.0.q_invperm": order.short(),
+    }
+    found = quantized_modules(Memory(tensors, {"quantization_config": {"quant_method": "exl2"}})).read("m.0")  # type: ignore[arg-type]
+    for channel in (0, 1, 40):
+        group, row = divmod(int(order[channel]), size)
+        step = ((scale[group] + 1) ** 2).half() * (most[group] / 256)
+        expected = (codes[group][row] - (1 << (widths[group] - 1))).half() * step
+        assert torch.equal(found.dense()[:, channel], expected.float())
+
+
+def _stream(codes: Tensor, bits: int) -> Tensor:
+    """Columns of codes [n, out] as 32-bit words [n * bits / 32, out], least significant first."""
+    words = torch.zeros((codes.shape[0] * bits // 32, codes.shape[1]), dtype=torch.int64)
+    for row in range(codes.shape[0]):
+        for bit in range(bits):
+            word, place = divmod(row * bits + bit, 32)
+            words[word] |= ((codes[row].long() >> bit) & 1) << place
+    return torch.where(words >= 2**31, words - 2**32, words).int()
+
+
+def test_hqq_evaluates_nothing() -> None:
+    from fewbits.checkpoints.safetensors_file import SafetensorsFile
+
+    golden = Path(__file__).parents[1] / "golden" / "checkpoints" / "hqq.safetensors"
+    file, start = SafetensorsFile(golden), "4-axis1/"
+    names = [name for name in file.names() if name.startswith(f"{start}m.")]
+    tensors = {f"m.0.{name.removeprefix(f'{start}m.')}": file.tensor(name) for name in names}
+    text = b"__import__('os').abort()"
+    tensors["m.0.compute_dtype"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    tensors["m.0.unpack_view_dtype"] = tensors["m.0.compute_dtype"]
+    source: Any = Memory(tensors, {"quantization_config": {"quant_method": "hqq"}})
+    assert torch.equal(quantized_modules(source).dense("m.0"), file.tensor(f"{start}expected"))
+    tensors["m.0.packing"] = tensors["m.0.compute_dtype"]
+    with pytest.raises(BadInput, match="packing"):
+        quantized_modules(source).read("m.0")
