@@ -19,6 +19,7 @@ from fewbits.cli.plan import plan
 from fewbits.cli.quantize import quantize
 from fewbits.cli.report import report
 from fewbits.cli.study import app as study
+from fewbits.cli.verify import verify
 
 app = typer.Typer(
     name="fewbits",
@@ -38,6 +39,7 @@ app.command("eval")(evaluate)
 app.command("report")(report)
 app.command("generate")(generate)
 app.command("chat")(chat)
+app.command("verify")(verify)
 app.command("list")(listing)
 app.command("demo")(demo)
 app.add_typer(study, name="study")
