@@ -58,7 +58,7 @@ def compare(kind: str, args: argparse.Namespace, ids: torch.Tensor, folder: Path
     dense = kind.upper() if kind in ("f16", "bf16", "f32") else "F16"
     write_gguf(source, path, weights=None if kind == dense.lower() else kind, dense=dense)
     again = open_source(path)
-    ours = perplexity(load_model(again), ids)
+    ours = perplexity(load_model(again, dtype=torch.float32), ids)
     found = ask(
         args.llama,
         {"path": str(path), "ids": ids.tolist(), "perplexity": True, "texts": [PROMPT, *TEXTS], "generate": 24},
