@@ -40,11 +40,16 @@ OnTensor = Callable[[int, int, str], None]  # tensors done, all, name
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Packed:
-    """A quantized module of the source: its format and shape, known before its codes are read."""
+    """A quantized module of the source: its format and shape, known before its codes are read.
 
-    format: Format
+    format: None for one that is decoded; `read` then gives the dense weight.  target: the type to round to where none
+    says `format` exactly (default: the `weights` of `write_gguf`).
+    """
+
+    format: Format | None
     shape: tuple[int, int]
-    read: Callable[[], Quantized]
+    read: Callable[[], Quantized | Tensor]
+    target: str | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -232,32 +237,33 @@ class _Export:
     def _kind(self, name: str, stored: str, shape: tuple[int, ...], packed: Packed | None, written: Written) -> str:
         module = name.rpartition(".")[0]
         if packed is not None:
-            exact = exact_type(packed.format, packed.shape)
-            if exact is not None:
+            exact = packed.format and exact_type(packed.format, packed.shape)
+            if exact:
                 return exact.upper()
-            if self.weights is None:
+            target = self.weights if packed.target is None else _typed(packed.target)
+            if target is None:
+                said = "dense" if packed.format is None else packed.format.name
                 raise Unsupported(
-                    f"{self.source.path}: {module} is in {packed.format.name}, whose values no GGUF type holds; "
+                    f"{self.source.path}: {module} is in {said}, whose values no GGUF type holds; "
                     f"quantize them again to one that has a type, such as q4_k"
                 )
-            return self._fitting(shape, written)
+            return self._fitting(target, shape, written)
         router = any(module.endswith(f".{disk}") for disk in map(self._disk, self.topology.routers))
         if len(shape) < 2 or router:
             return "F32"
         if self.weights is None or not stored.startswith("blk."):
             return self.dense
-        return self._fitting(shape, written)
+        return self._fitting(self.weights, shape, written)
 
     def _disk(self, name: str) -> str:
         return self.topology.disk_name(f".{name}.").strip(".")
 
-    def _fitting(self, shape: tuple[int, ...], written: Written) -> str:
+    def _fitting(self, asked: Format, shape: tuple[int, ...], written: Written) -> str:
         """The type asked for, or the one llama.cpp falls back to where blocks are no divisor of the row."""
-        assert self.weights is not None
-        format = self.weights.fitting(shape[-1])
+        format = asked.fitting(shape[-1])
         block = KINDS[format.name.upper()].values
-        if format is not self.weights or shape[-1] % block:
-            written.note = f"rows of {shape[-1]} are not whole {self.weights.name} blocks"
+        if format is not asked or shape[-1] % block:
+            written.note = f"rows of {shape[-1]} are not whole {asked.name} blocks"
         return format.name.upper() if shape[-1] % block == 0 else self.dense
 
     def _stacked(self, stored: str) -> bool:
@@ -279,7 +285,7 @@ class _Export:
         if kind not in DENSE:
             raw = to_blocks(self._quantized(part, kind.lower(), module))
             return self._ordered(part.name, raw)
-        value = part.packed.read().dequantize() if part.packed is not None else self.source.tensor(part.name)
+        value = self.source.tensor(part.name) if part.packed is None else _dense(part.packed.read())
         if not bool(torch.isfinite(value.float()).all()):
             raise BadInput(f"{part.name}: holds NaN or infinite values; repair the source tensor")
         if self.layout.norm_offset and module.endswith("norm"):
@@ -291,17 +297,18 @@ class _Export:
         return _raw(self._ordered(part.name, cast))
 
     def _quantized(self, part: _Part, name: str, module: str) -> Quantized:
-        if part.packed is not None:
-            weight = part.packed.read()
-            if exact_type(part.packed.format, part.packed.shape) == name:
+        packed = part.packed
+        if packed is None:
+            value = self.source.tensor(part.name).float()
+        else:
+            weight = packed.read()
+            if isinstance(weight, Quantized) and exact_type(weight.format, packed.shape) == name:
                 try:
                     return restate(weight, name, module)
                 except Unsupported:
-                    if self.weights is None:
+                    if self.weights is None and packed.target is None:
                         raise
-            value = weight.dequantize()
-        else:
-            value = self.source.tensor(part.name).float()
+            value = _dense(weight)
         found = parse_format(name).quantize(value, part.name)
         _note_loss(part.written, value, found.dequantize())
         return found
@@ -322,6 +329,10 @@ def rotary_order(value: Tensor, heads: int) -> Tensor:
     """Rows of q or k from transformers' order, halves of a head, to llama.cpp's, adjacent pairs."""
     halves = value.reshape(heads, 2, -1, *value.shape[1:])
     return halves.transpose(1, 2).reshape(value.shape)
+
+
+def _dense(weight: Quantized | Tensor) -> Tensor:
+    return weight.dequantize() if isinstance(weight, Quantized) else weight
 
 
 def _typed(name: str) -> Format:

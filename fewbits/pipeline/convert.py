@@ -36,8 +36,11 @@ from torch import Tensor
 
 from fewbits.checkpoints.base import Source
 from fewbits.checkpoints.codecs import CODECS, Codec, Dense, Layer, QuantizedModules, Stored, quantized_modules
+from fewbits.checkpoints.gguf_codec import NAME as GGUF
+from fewbits.checkpoints.gguf_codec import gguf_modules
+from fewbits.checkpoints.gguf_source import GGUFSource
 from fewbits.checkpoints.safetensors_file import write_stream
-from fewbits.checkpoints.source import open_source
+from fewbits.checkpoints.source import DemoSource, open_source
 from fewbits.core.errors import BadInput, Unsupported, unknown
 from fewbits.core.progress import OnProgress, Progress
 from fewbits.core.record import environment, write_json
@@ -45,6 +48,7 @@ from fewbits.formats.parse import parse_format
 from fewbits.formats.scales import DividedScale, FloatScale, PlainScale
 from fewbits.metrics.error import sqnr_db
 from fewbits.models.topology import find_topology
+from fewbits.pipeline import convert_gguf
 from fewbits.pipeline.output import write_companions
 
 DENSE = "dense"
@@ -89,7 +93,7 @@ class Conversion:
 
 def targets() -> list[str]:
     """What `convert` writes."""
-    return [*(name for name, codec in CODECS.items() if codec.writes), DENSE]
+    return [*(name for name, codec in CODECS.items() if codec.writes), GGUF, DENSE]
 
 
 def convert(
@@ -113,13 +117,21 @@ def convert(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput(f"{target} exists and holds something else; choose another output, or remove it first")
     source = open_source(model, allow_quantized=True)
-    packed = quantized_modules(source)
+    from_gguf = isinstance(source, GGUFSource) and not isinstance(source, DemoSource)
+    packed = gguf_modules(source) if from_gguf else quantized_modules(source)
     if packed.name is None or not packed.entries:
         raise BadInput(f"{source.path}: nothing in it is quantized; `fewbits quantize` makes a quantized model of it")
     began, work = time.monotonic(), target.with_name(f".{target.name}.converting")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
+        if to == GGUF:
+            conversion = _to_gguf(source, packed, target, work, requantize, dtype or source.dtype, progress, began)
+            write_json(work / RECORD, {**_finite(conversion.to_dict()), "environment": environment()})
+            if target.exists():
+                target.rmdir()
+            work.rename(target)
+            return conversion
         run = _Run(source, packed, to, requantize, dtype or source.dtype, _Shards(work, shard_bytes))
         run.layers_and_tensors(progress)
         total = run.finish()
@@ -134,6 +146,24 @@ def convert(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return conversion
+
+
+def _to_gguf(
+    source: Source, packed: QuantizedModules, target: Path, work: Path, requantize: bool, dtype: torch.dtype,
+    progress: OnProgress, began: float,
+) -> Conversion:  # fmt: skip
+    outcomes, notes, size = convert_gguf.write(
+        source, packed, work, target.name, requantize=requantize, dtype=dtype, progress=progress
+    )
+    layers = tuple(
+        Converted(name=each.name, before=each.before, after=each.after, reason=each.reason, sqnr_db=each.sqnr_db,
+                  action="lossless" if each.sqnr_db is None else "requantized")
+        for each in outcomes
+    )  # fmt: skip
+    return Conversion(
+        source=source.path, format=packed.name or "", to=GGUF, out=str(target), layers=layers, notes=tuple(notes),
+        seconds=time.monotonic() - began, bytes=size,
+    )  # fmt: skip
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
