@@ -27,7 +27,7 @@ from fewbits.pipeline.quantize import quantize
 
 FACTORS = (1, 10, 30, 100)
 CALIBRATION = 4  # windows of 512 tokens
-EVALUATION = {1: 8}  # at other factors 4: what happens there is larger
+EVALUATION = {1: 8}  # at other factors 2: what happens there is larger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class Setting:
     everywhere: bool = False
 
 
+# SmoothQuant behind norms and before o_proj; what down_proj reads, whose large values move about, is rotated as it runs.
+ONLINE = {"rotate.residual": False, "rotate.values": False}
 SETTINGS = [
     Setting(name="token", everywhere=True),
     Setting(name="llm_int8", method="llm_int8", everywhere=True),
@@ -57,11 +59,18 @@ SETTINGS = [
     ),
     Setting(name="static, sinks apart", scheme="W8A8_STATIC_SINKS", act_range="absmax"),
     Setting(name="static smoothquant", scheme="W8A8_STATIC", method="smoothquant", act_range="absmax"),
+    Setting(name="llm_int8 at 2", method="llm_int8", options={"threshold": 2.0}),
+    Setting(name="rotate, gptq", method="rotate,gptq"),
+    Setting(name="smoothquant, down_proj rotated", method="rotate,smoothquant", options=ONLINE),
+    Setting(
+        name="static smoothquant, down_proj rotated, sinks apart", scheme="W8A8_STATIC_SINKS",
+        method="rotate,smoothquant", options=ONLINE, act_range="percentile",
+    ),
     Setting(name="llm_int8 fixed", method="llm_int8", options={"fixed": True}),
     Setting(name="llm_int8 dequantized", method="llm_int8", options={"weights": "dequantized"}),
     Setting(name="smoothquant alpha 0.5", method="smoothquant", options={"alpha": 0.5}),
     Setting(name="smoothquant, gptq", method="smoothquant,gptq"),
-    Setting(name="groups", scheme="int8-channel/int8-g64"),
+    Setting(name="groups", scheme="int8-g32/int8-g32"),
     Setting(name="static sinks mse", scheme="W8A8_STATIC_SINKS", act_range="mse"),
     Setting(name="static sinks percentile", scheme="W8A8_STATIC_SINKS", act_range="percentile"),
     Setting(name="static sinks kl", scheme="W8A8_STATIC_SINKS", act_range="kl"),
@@ -78,7 +87,7 @@ def measure(setting: Setting, factor: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         out = quantize(
             "demo", setting.scheme, method=method, method_options=options, samples=CALIBRATION,
-            eval_samples=EVALUATION.get(factor, 4), out=Path(directory) / "q", **ranges,
+            eval_samples=EVALUATION.get(factor, 2), out=Path(directory) / "q", **ranges,
         )  # fmt: skip
         certificate = json.loads((out / "certificate.json").read_text(encoding="utf-8"))
     found = certificate["evaluations"][0]
@@ -109,13 +118,14 @@ def main() -> None:
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--only", action="append")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no row after so many; needs --resume")
+    parser.add_argument("--record", action="store_true", help="record the rows of --resume, measure nothing")
     given = parser.parse_args()
     started = time.monotonic()
     rows: dict[str, dict[str, Any]] = {}
     if given.resume and given.resume.exists():
         rows = json.loads(given.resume.read_text(encoding="utf-8"))
     wanted = [(setting, factor) for setting in SETTINGS for factor in (FACTORS if setting.everywhere else (1,))]
-    for setting, factor in wanted:
+    for setting, factor in [] if given.record else wanted:
         key = f"{factor}:{setting.name}"
         if key in rows or (given.only and key not in given.only):
             continue

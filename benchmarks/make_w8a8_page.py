@@ -26,9 +26,9 @@ LINES: dict[str, tuple[str, int, str, Any]] = {
 }
 _TEXT = """## What outliers cost
 
-The embedded model, weights in INT8 with one scale a row, rounded to nearest. Rise of the perplexity over fp32 in %,
-± one standard error by windows, on 8 windows of 512 tokens as it is and 4 with injected outliers; methods learn from 4
-other windows. `python benchmarks/bench_w8a8.py`.
+The embedded model, weights in INT8 with one scale a row unless said, rounded to nearest unless said. Rise of the
+perplexity over fp32 in %, ± one standard error by windows, on 8 windows of 512 tokens as it is and on 2 with injected
+outliers (a scale a token at x 100: 4); methods learn from 4 other windows. `python benchmarks/bench_w8a8.py`.
 
 ![Perplexity over fp32 as outliers grow](images/w8a8.png)
 
