@@ -42,7 +42,7 @@ class Setting:
     everywhere: bool = False
 
 
-# SmoothQuant behind norms and before o_proj; what down_proj reads, whose large values move about, is rotated as it runs.
+# SmoothQuant behind norms and before o_proj; what down_proj reads, whose large values move, is rotated as it runs.
 ONLINE = {"rotate.residual": False, "rotate.values": False}
 SETTINGS = [
     Setting(name="token", everywhere=True),
