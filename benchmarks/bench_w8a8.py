@@ -42,8 +42,8 @@ class Setting:
     everywhere: bool = False
 
 
-# SmoothQuant behind norms and before o_proj; what down_proj reads, whose large values move, is rotated as it runs.
-ONLINE = {"rotate.residual": False, "rotate.values": False}
+# SmoothQuant where norms and values are; what down_proj reads, whose large values move about, is rotated as it runs.
+ONLINE = {"rotate.residual": False, "rotate.values": False, "rotate.online": True}
 SETTINGS = [
     Setting(name="token", everywhere=True),
     Setting(name="llm_int8", method="llm_int8", everywhere=True),
@@ -79,7 +79,7 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def measure(setting: Setting, factor: int) -> dict[str, Any]:
+def measure(setting: Setting, factor: int, windows: int | None = None) -> dict[str, Any]:
     method, options = setting.method, dict(setting.options)
     if factor != 1:
         method, options = f"inject,{method}", {**options, "inject.factor": float(factor)}
@@ -87,7 +87,7 @@ def measure(setting: Setting, factor: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         out = quantize(
             "demo", setting.scheme, method=method, method_options=options, samples=CALIBRATION,
-            eval_samples=EVALUATION.get(factor, 2), out=Path(directory) / "q", **ranges,
+            eval_samples=windows or EVALUATION.get(factor, 2), out=Path(directory) / "q", **ranges,
         )  # fmt: skip
         certificate = json.loads((out / "certificate.json").read_text(encoding="utf-8"))
     found = certificate["evaluations"][0]
@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--only", action="append")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no row after so many; needs --resume")
+    parser.add_argument("--windows", type=int, help="of 512 tokens to measure on")
     parser.add_argument("--record", action="store_true", help="record the rows of --resume, measure nothing")
     given = parser.parse_args()
     started = time.monotonic()
@@ -131,7 +132,7 @@ def main() -> None:
             continue
         if time.monotonic() - started > given.seconds:
             raise SystemExit(f"{len(wanted) - len(rows)} rows are left: run again with the same --resume")
-        rows[key] = measure(setting, factor)
+        rows[key] = measure(setting, factor, given.windows)
         if given.resume:
             write_json(given.resume, rows)
         share, error = rise(rows[key])
