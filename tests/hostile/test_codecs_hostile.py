@@ -133,8 +133,7 @@ def test_a_missing_tensor_is_refused_or_not_needed(file: SafetensorsFile, case: 
 
 
 VALUES: list[Any] = [
-    None, True, -1, 0, 3, 2**31, 2**64, 1.5, float("nan"), "", "x" * 10_000, "__import__('os').system('false')",
-    "../../etc/passwd", [], [1, "a"], {}, {"a": {"b": None}},
+    None, -1, 0, 3, 2**64, float("nan"), "__import__('os').system('false')", [1, "a"], {"a": {"b": None}},
 ]  # fmt: skip
 
 
