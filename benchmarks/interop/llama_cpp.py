@@ -1,7 +1,7 @@
 """What llama.cpp computes on a GGUF file: logits, perplexity, tokens, a few generated words. JSON in, JSON out.
 
-Runs in an environment with llama.cpp's prebuilt library (`pip install xllamacpp`; no fewbits is needed) and calls its
-C API through ctypes: loading, tokenizing and decoding are all there is. Structures passed by value are kept opaque:
+Runs in an environment with llama.cpp's prebuilt library (`pip install xllamacpp numpy`; no fewbits is needed) and calls
+its C API through ctypes: loading, tokenizing and decoding are all there is. Structures passed by value are kept opaque:
 on the 64-bit Unix ABIs a structure of more than 16 bytes lies in memory, so a copy that is larger than the true one
 is the same.
 
@@ -13,10 +13,11 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
-import math
 import os
 import sys
 from pathlib import Path
+
+import numpy as np
 
 C = ctypes
 
@@ -53,6 +54,7 @@ def library() -> C.CDLL:
         C.c_void_p, C.c_char_p, C.c_int32, C.POINTER(C.c_int32), C.c_int32, C.c_bool, C.c_bool,
     ]  # fmt: skip
     lib.llama_token_to_piece.argtypes = [C.c_void_p, C.c_int32, C.c_char_p, C.c_int32, C.c_int32, C.c_bool]
+    lib.llama_set_n_threads.restype, lib.llama_set_n_threads.argtypes = None, [C.c_void_p, C.c_int32, C.c_int32]
     for name in ("llama_model_get_vocab", "llama_vocab_n_tokens", "llama_get_memory", "llama_n_ctx"):
         getattr(lib, name).argtypes = [C.c_void_p]
     lib.llama_memory_clear.argtypes = [C.c_void_p, C.c_bool]
@@ -62,7 +64,7 @@ def library() -> C.CDLL:
 
 
 class Model:
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, threads: int) -> None:
         self.lib = library()
         self.lib.llama_backend_init()
         self.model = self.lib.llama_model_load_from_file(path.encode(), self.lib.llama_model_default_params())
@@ -72,6 +74,7 @@ class Model:
         self.context = self.lib.llama_init_from_model(self.model, self.lib.llama_context_default_params())
         if not self.context:
             raise SystemExit(f"llama.cpp makes no context for {path}")
+        self.lib.llama_set_n_threads(self.context, threads, threads)
         self.width = self.lib.llama_vocab_n_tokens(self.vocab)
         self.limit = self.lib.llama_n_ctx(self.context)
 
@@ -88,8 +91,8 @@ class Model:
             parts.append(room.raw[: max(count, 0)])
         return b"".join(parts).decode(errors="replace")
 
-    def logits(self, ids: list[int]) -> list[list[float]]:
-        """Of every position, from an empty memory."""
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """Of every position [len(ids), vocabulary], from an empty memory."""
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
         return self._decode(ids, 0, every=True)
 
@@ -98,12 +101,12 @@ class Model:
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
         last, made, position = self._decode(ids, 0)[-1], [], len(ids)
         for _ in range(count):
-            made.append(max(range(self.width), key=last.__getitem__))
+            made.append(int(last.argmax()))
             last = self._decode([made[-1]], position)[-1]
             position += 1
         return made
 
-    def _decode(self, ids: list[int], start: int, *, every: bool = False) -> list[list[float]]:
+    def _decode(self, ids: list[int], start: int, *, every: bool = False) -> np.ndarray:
         batch = self.lib.llama_batch_init(len(ids), 0, 1)
         batch.count = len(ids)
         for place, token in enumerate(ids):
@@ -113,17 +116,16 @@ class Model:
         if self.lib.llama_decode(self.context, batch):
             raise SystemExit("llama_decode failed")
         wanted = range(len(ids)) if every else [len(ids) - 1]
-        return [self.lib.llama_get_logits_ith(self.context, place)[: self.width] for place in wanted]
+        rows = (self.lib.llama_get_logits_ith(self.context, place) for place in wanted)
+        return np.stack([np.ctypeslib.as_array(row, (self.width,)).copy() for row in rows])
 
 
-def perplexity(model: Model, windows: list[list[int]]) -> dict[str, float]:
-    total, count = 0.0, 0
-    for ids in windows:
-        for row, target in zip(model.logits(ids)[:-1], ids[1:], strict=True):
-            top = max(row)
-            total += math.log(sum(math.exp(value - top) for value in row)) + top - row[target]
-            count += 1
-    return {"perplexity": math.exp(total / count), "scored": count}
+def nats(model: Model, ids: list[int]) -> float:
+    """Mean negative log-likelihood of a window's tokens but the first."""
+    logits = model.logits(ids)[:-1].astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    chosen = logits[np.arange(len(logits)), ids[1:]]
+    return float((np.log(np.exp(logits).sum(axis=1)) - chosen).mean())
 
 
 def main() -> None:
@@ -132,7 +134,7 @@ def main() -> None:
     os.dup2(quiet, 1)
     if not asked.get("verbose"):
         os.dup2(quiet, 2)
-    model = Model(asked["path"])
+    model = Model(asked["path"], asked.get("threads", 1))
     answer: dict[str, object] = {"vocabulary": model.width}
     template = model.lib.llama_model_chat_template(model.model, None)
     answer["chat_template"] = template.decode() if template else None
@@ -141,9 +143,9 @@ def main() -> None:
             texts = [asked[key]] if key == "text" else asked[key]
             answer["tokens"] = [model.tokenize(text) for text in texts]
     if asked.get("ids") and asked.get("logits"):
-        answer["logits"] = [model.logits(ids) for ids in asked["ids"]]
-    if asked.get("ids") and asked.get("perplexity"):
-        answer |= perplexity(model, asked["ids"])
+        answer["logits"] = [model.logits(ids).tolist() for ids in asked["ids"]]
+    if asked.get("ids") and asked.get("nats"):
+        answer["nats"] = [nats(model, ids) for ids in asked["ids"]]
     if asked.get("generate"):
         prompt = asked["prompt_ids"] if "prompt_ids" in asked else answer["tokens"][0]
         answer["generated"] = model.text(model.generate(prompt, asked["generate"]))
