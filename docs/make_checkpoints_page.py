@@ -48,6 +48,10 @@ its file in `fewbits/checkpoints`. Written by `python docs/make_checkpoints_page
 
 """
 MATRIX = """
+Files of all but EXL2 and EXL3 are read as their libraries read them, bit for bit, on linears that those wrote
+(`tests/golden`). exllamav2 and exllamav3 compute on GPUs alone, and there was none to make a file with: these two
+readers are checked against a second, number by number reading of the kernels' source, and not against the kernels.
+
 ## Conversions
 
 `fewbits convert SRC --to FORMAT -o OUT` goes from one to the other without building the model. Each cell was run, on a

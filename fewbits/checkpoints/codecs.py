@@ -42,6 +42,7 @@ CODECS = Registry(
         "mxfp4": "fewbits.checkpoints.mxfp4:CODEC",
         "hqq": "fewbits.checkpoints.hqq:CODEC",
         "exl2": "fewbits.checkpoints.exl2:CODEC",
+        "exl3": "fewbits.checkpoints.exl3:CODEC",
     },
 )
 

@@ -1,8 +1,8 @@
 """Quantized checkpoints with a tensor or a field broken, in every checkpoint format that has a fixture.
 
-The linears in tests/golden/checkpoints were written by other libraries; each is broken in each way below. A reader may
-take what it can take, but never crash, and never take a value that is no number, a tensor that is missing or one of
-another shape.
+The linears in tests/golden/checkpoints were written by other libraries, those of EXL3 are made here; each is broken in
+each way below. A reader may take what it can take, but never crash, and never take a value that is no number, a tensor
+that is missing or one of another shape.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from exl3_oracle import random_linear
 from limits import attempt, refused
 from torch import Tensor
 
@@ -25,13 +26,34 @@ from fewbits.core.errors import BadInput
 FOLDER = Path(__file__).parents[1] / "golden" / "checkpoints"
 
 
+class Made:
+    """Random EXL3 linears, as a file of fixtures has them."""
+
+    CASES = ("mcg", "3inst")
+
+    def __init__(self) -> None:
+        about = {"quant_method": "exl3", "bits": 2.0, "head_bits": 6}
+        self.metadata = {"cases": json.dumps({case: {**about, "codebook": case} for case in self.CASES})}
+        self._tensors = {
+            f"{case}/{name}": value
+            for case in self.CASES
+            for name, value in random_linear(2, case, 128, 128, old=case == "3inst")[0].items()
+        }
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name].clone()
+
+
 class Broken:
     """One linear of a fixture as a source, with some tensors and configuration replaced."""
 
     path = "broken"
     dtype = torch.float32
 
-    def __init__(self, file: SafetensorsFile, case: str) -> None:
+    def __init__(self, file: SafetensorsFile | Made, case: str) -> None:
         about = json.loads(file.metadata["cases"])[case]
         self.settings: dict[str, Any] = about if "quantization" in about else {"quantization_config": about}
         start = f"{case}/"
@@ -66,7 +88,8 @@ def fixtures() -> list[Any]:
     for path in sorted(FOLDER.glob("*.safetensors")):
         file = SafetensorsFile(path)
         found += [pytest.param(file, case, id=f"{path.stem}-{case}") for case in json.loads(file.metadata["cases"])]
-    return found
+    made = Made()
+    return found + [pytest.param(made, case, id=f"exl3-{case}") for case in Made.CASES]
 
 
 def extreme(value: Tensor, largest: bool) -> Tensor:
@@ -99,7 +122,7 @@ def test_there_are_fixtures_and_they_are_good() -> None:
 
 @pytest.mark.parametrize("way", BROKEN)
 @pytest.mark.parametrize(("file", "case"), fixtures())
-def test_broken_tensors_are_refused_or_read(file: SafetensorsFile, case: str, way: str) -> None:
+def test_broken_tensors_are_refused_or_read(file: SafetensorsFile | Made, case: str, way: str) -> None:
     for name in Broken(file, case).names():
         source = Broken(file, case)
         source.tensors[name] = BROKEN[way](source.tensors[name])
@@ -111,7 +134,7 @@ def test_broken_tensors_are_refused_or_read(file: SafetensorsFile, case: str, wa
 
 @pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize(("file", "case"), fixtures())
-def test_scales_that_are_no_numbers_are_refused(file: SafetensorsFile, case: str, number: str) -> None:
+def test_scales_that_are_no_numbers_are_refused(file: SafetensorsFile | Made, case: str, number: str) -> None:
     for name, value in Broken(file, case).tensors.items():
         if value.is_floating_point() and value.numel() and value.dtype.itemsize > 1:
             source = Broken(file, case)
@@ -122,7 +145,7 @@ def test_scales_that_are_no_numbers_are_refused(file: SafetensorsFile, case: str
 
 
 @pytest.mark.parametrize(("file", "case"), fixtures())
-def test_a_missing_tensor_is_refused_or_not_needed(file: SafetensorsFile, case: str) -> None:
+def test_a_missing_tensor_is_refused_or_not_needed(file: SafetensorsFile | Made, case: str) -> None:
     whole = Broken(file, case).decode()
     for name in Broken(file, case).names():
         source = Broken(file, case)
@@ -146,7 +169,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("value", VALUES, ids=[f"{index}-{str(value)[:12]}" for index, value in enumerate(VALUES)])
 @pytest.mark.parametrize(("file", "case"), fixtures())
-def test_broken_settings_are_refused_or_read(file: SafetensorsFile, case: str, value: Any) -> None:
+def test_broken_settings_are_refused_or_read(file: SafetensorsFile | Made, case: str, value: Any) -> None:
     for path in places(Broken(file, case).settings):
         source = Broken(file, case)
         inner: Any = source.settings
@@ -157,7 +180,7 @@ def test_broken_settings_are_refused_or_read(file: SafetensorsFile, case: str, v
 
 
 @pytest.mark.parametrize(("file", "case"), fixtures())
-def test_settings_left_out(file: SafetensorsFile, case: str) -> None:
+def test_settings_left_out(file: SafetensorsFile | Made, case: str) -> None:
     for path in places(Broken(file, case).settings):
         source = Broken(file, case)
         inner: Any = source.settings

@@ -136,7 +136,7 @@ def check_ignore(subject: Subject) -> Check:
         return failed(
             name, f"quantized, and no module of the model: {some(strangers)}", "check names against the model"
         )
-    if subject.format in ("native", "gptq", "gptq_v2", "exl2", "mlx", "hqq") and not patterns:
+    if subject.format in ("native", "gptq", "gptq_v2", "exl2", "exl3", "mlx", "hqq") and not patterns:
         return ok(name, f"{len(entries)} modules named one by one")
     left = sorted(
         module for module in subject.matrices
