@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -43,37 +43,25 @@ def convert(
     if as_json:
         print_json(done.to_dict())
         return
-    kinds = Counter((layer.before, layer.after, layer.action) for layer in done.layers)
-    worst = {
-        kind: min(
-            (layer.sqnr_db for layer in done.layers if layer.sqnr_db is not None and _kind(layer) == kind), default=None
-        )
-        for kind in kinds
-    }
-    rows = [
-        (
-            before,
-            after,
-            action,
-            str(count),
-            "-" if (error := worst[before, after, action]) is None else f"{error:.1f} dB",
-        )
-        for (before, after, action), count in kinds.items()
-    ]
-    print_table(("from", "to", "what happened", "layers", "least SQNR"), rows)
-    if any(layer.sqnr_db is not None for layer in done.layers):
+    kinds: dict[tuple[str, str, str], list[float | None]] = {}
+    for layer in done.layers:
+        kinds.setdefault((layer.before, layer.after, layer.action), []).append(layer.sqnr_db)
+    print_table(
+        ("from", "to", "what happened", "layers", "least SQNR"),
+        [(*kind, str(len(errors)), _decibels(errors)) for kind, errors in kinds.items()],
+    )
+    rounded = [layer for layer in done.layers if layer.sqnr_db is not None]
+    if rounded:
         print_table(
             ("layer", "what happened", "SQNR"),
-            [
-                (layer.name, layer.action, f"{layer.sqnr_db:.1f} dB")
-                for layer in done.layers
-                if layer.sqnr_db is not None
-            ],
+            [(layer.name, layer.action, _decibels([layer.sqnr_db])) for layer in rounded],
         )
     for note in done.notes:
         message(note)
     message(f"{done.format} -> {done.to}: {done.bytes / 1e6:.1f} MB in {done.seconds:.1f} s; {done.out}")
 
 
-def _kind(layer: object) -> tuple[str, str, str]:
-    return layer.before, layer.after, layer.action  # type: ignore[attr-defined]
+def _decibels(errors: Iterable[float | None]) -> str:
+    """The least of `errors`; those that are None are of layers that lost nothing."""
+    least = min((error for error in errors if error is not None), default=None)
+    return "-" if least is None else f"{least:.1f} dB"
