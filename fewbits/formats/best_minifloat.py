@@ -27,16 +27,16 @@ class BestMinifloat(Format):
 
     fit: bool = True
 
-    def choices(self, w: Tensor, importance: Tensor | None = None) -> Iterator[Format]:
+    def choices(self, w: Tensor, importance: Tensor | None = None) -> Iterator[BestMinifloat]:
         """This format with each of the grids, its own one first."""
         exponents = range(1, 4 if self.bits == 4 else 6)
         grids = [minifloat_grid(f"fp{self.bits}_e{e}m{self.bits - 1 - e}", e, self.bits - 1 - e) for e in exponents]
         for grid in sorted(grids, key=lambda grid: grid.levels != self.grid.levels):
             yield dataclasses.replace(self, grid=grid)
 
-    def fitted(self, w: Tensor, importance: Tensor | None = None) -> Format:
+    def fitted(self, w: Tensor, importance: Tensor | None = None) -> BestMinifloat:
         """This format with the grid of the least squared error on `w` [out, in], columns weighed by `importance`."""
-        return min(self.choices(w), key=lambda format: format._loss(w, importance))  # type: ignore[attr-defined]
+        return min(self.choices(w), key=lambda format: format._loss(w, importance))
 
     def _loss(self, w: Tensor, importance: Tensor | None) -> float:
         scale, zero, _ = self.settle(*self.params(w))
