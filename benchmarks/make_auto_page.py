@@ -5,10 +5,9 @@ Reads the newest "auto" record under benchmarks/results; without one the page st
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from recorded import ROOT, latest
+from recorded import ROOT, latest, source_line, write_between
 
 from fewbits.core.units import duration_text
 from fewbits.report.figure import BASELINE, INK, LINE, MUTED, SERIES, save
@@ -92,18 +91,13 @@ def main() -> None:
         print("no 'auto' record under benchmarks/results: docs/auto.md left as it is")
         return
     path, record = found
-    source = path.relative_to(ROOT).as_posix()
     where = f"{record['environment']['cpu']}, {record['environment']['cores']} cores"
     content = (
-        f"{table(record)}\n\n![KL against time](images/auto.svg)\n\nOn {where}. From [`{source}`](../{source}), "
-        "by `python benchmarks/bench_auto.py`."
+        f"{table(record)}\n\n![KL against time](images/auto.svg)\n\nOn {where}. {source_line(path, 'bench_auto.py')}"
     )
-    pattern = re.compile(r"(<!-- auto:begin -->\n).*?(<!-- auto:end -->)", re.DOTALL)
-    old = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", old), encoding="utf-8")
+    write_between(PAGE, auto=content)
     save(FIGURE, lambda figure, wide: draw(figure, wide, record), 4.2)
     FIGURE.with_suffix(".png").unlink()
-    print(PAGE.relative_to(ROOT))
 
 
 if __name__ == "__main__":

@@ -5,10 +5,9 @@ Without a record the page stays as it is.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from recorded import ROOT, latest
+from recorded import ROOT, latest, source_line, write_between
 
 PAGE = ROOT / "docs" / "plans.md"
 
@@ -39,12 +38,7 @@ def main() -> None:
         print("no 'mixed' record under benchmarks/results: docs/plans.md left as it is")
         return
     path, record = found
-    source = path.relative_to(ROOT).as_posix()
-    content = f"{table(record)}\n\nFrom [`{source}`](../{source}), by `python benchmarks/bench_mixed.py`."
-    pattern = re.compile(r"(<!-- mixed:begin -->\n).*?(<!-- mixed:end -->)", re.DOTALL)
-    old = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", old), encoding="utf-8")
-    print(PAGE.relative_to(ROOT))
+    write_between(PAGE, mixed=f"{table(record)}\n\n{source_line(path, 'bench_mixed.py')}")
 
 
 if __name__ == "__main__":

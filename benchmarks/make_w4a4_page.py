@@ -5,17 +5,15 @@ python benchmarks/make_w4a4_page.py
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from recorded import ROOT, latest
+from recorded import ROOT, latest, source_line, write_between
 
 from fewbits.formats import parse_format
 from fewbits.report.figure import BASELINE, INK, LINE, METHOD, save
 
 PAGE = ROOT / "docs" / "w4a4.md"
 FIGURE = ROOT / "docs" / "images" / "w4a4"
-_BLOCK = re.compile(r"(<!-- table:begin -->\n).*?(<!-- table:end -->)", re.DOTALL)
 
 
 def sides(row: dict[str, Any]) -> str:
@@ -75,9 +73,7 @@ def main() -> None:
     rows = sorted(record["rows"], key=lambda row: -row["lost"]["mean"])
     save(FIGURE, lambda figure, wide: draw(figure, rows), 0.27 * len(rows) + 0.7)
     FIGURE.with_suffix(".svg").unlink()  # the page shows the PNG
-    where = f"\nFrom [`{path.relative_to(ROOT)}`](../{path.relative_to(ROOT)}).\n"
-    text = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(_BLOCK.sub(lambda m: m[1] + table(record) + where + m[2], text), encoding="utf-8")
+    write_between(PAGE, table=f"{table(record)}\n{source_line(path)}")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,10 @@ python benchmarks/make_w8a8_page.py
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from bench_w8a8 import FACTORS, rise
-from recorded import ROOT, latest
+from recorded import ROOT, latest, source_line, write_between
 
 from fewbits.report.figure import INK, SERIES, save
 
@@ -36,7 +35,7 @@ methods learn from 4 other windows. `python benchmarks/bench_w8a8.py`.
 Without injected outliers:
 
 {one}
-From [`{path}`](../{path}).
+{source}
 """
 LEAST = 0.02  # percent: what the figure draws of anything that loses less
 
@@ -129,14 +128,8 @@ def prefill() -> str:
     return (
         f"{record['tokens']} tokens through the embedded model, {cpu}, {record['threads']} threads.\n\n"
         + "\n".join(lines)
-        + f"\n\nFrom [`{path.relative_to(ROOT)}`](../{path.relative_to(ROOT)}).\n"
+        + f"\n\n{source_line(path)}\n"
     )
-
-
-def between(name: str, said: str, page: str) -> str:
-    """`page` with `said` between the marks called `name`."""
-    block = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-    return block.sub(lambda m: m[1] + said + m[2], page)
 
 
 def main() -> None:
@@ -147,9 +140,8 @@ def main() -> None:
     rows = {(row["name"], row["factor"]): row for row in record["rows"]}
     save(FIGURE, lambda figure, wide: draw(figure, rows), 4.6)
     FIGURE.with_suffix(".svg").unlink()  # the page shows the PNG
-    said = _TEXT.format(factors=by_factor(rows), one=at_one(rows), path=path.relative_to(ROOT))
-    page = between("results", said, PAGE.read_text(encoding="utf-8"))
-    PAGE.write_text(between("prefill", prefill(), page), encoding="utf-8")
+    said = _TEXT.format(factors=by_factor(rows), one=at_one(rows), source=source_line(path))
+    write_between(PAGE, results=said, prefill=prefill())
 
 
 if __name__ == "__main__":

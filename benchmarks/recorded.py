@@ -1,7 +1,10 @@
-"""Where results live: `benchmarks/results/<device>_<yyyymm>_<commit>.json`, one file a machine and commit.
+"""Where results live, and how they come into a page.
 
-A file maps the name of a benchmark to its record; every record holds `environment` (machine, versions, date,
-command). A record from a tree with uncommitted changes says so in the commit's name.
+`benchmarks/results/<device>_<yyyymm>_<commit>.json` is one file a machine and commit. It maps the name of a benchmark
+to its record; every record holds `environment` (machine, versions, date, command). A record from a tree with
+uncommitted changes says so in the commit's name.
+
+A page keeps what was generated between two comments, `<!-- name:begin -->` and `<!-- name:end -->`, each on its line.
 """
 
 from __future__ import annotations
@@ -57,3 +60,27 @@ def latest(benchmark: str) -> tuple[Path, dict[str, Any]] | None:
         return None
     _, path, record = max(found, key=lambda item: item[0])
     return path, record
+
+
+def between(page: str, name: str, content: str) -> str:
+    """The text `page` with the lines `content` between its marks called `name`; ValueError where it has none."""
+    marked = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+    if not marked.search(page):
+        raise ValueError(f"no marks '{name}:begin' and '{name}:end'")
+    lines = f"{content.rstrip()}\n" if content else ""
+    return marked.sub(lambda match: match[1] + lines + match[2], page)
+
+
+def write_between(page: Path, **contents: str) -> None:
+    """Writes each of `contents` between the marks of its name in the file `page`."""
+    text = page.read_text(encoding="utf-8")
+    for name, content in contents.items():
+        text = between(text, name, content)
+    page.write_text(text, encoding="utf-8")
+    print(page.relative_to(ROOT))
+
+
+def source_line(path: Path, script: str = "") -> str:
+    """For a page under docs: where its figures are from."""
+    source = path.relative_to(ROOT).as_posix()
+    return f"From [`{source}`](../{source})" + (f", by `python benchmarks/{script}`." if script else ".")

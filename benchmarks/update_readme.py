@@ -6,12 +6,11 @@ Reads the newest "demo" record under benchmarks/results; without one the README 
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from recorded import ROOT, latest
+from recorded import ROOT, between, latest
 
 from fewbits.cli.demo import COLUMNS, cells
 from fewbits.core.units import duration_text
@@ -35,14 +34,6 @@ def table(record: dict[str, Any], source: str) -> str:
         f"From [`{source}`]({source}), by `make bench`.",
     ]
     return "\n".join(lines)
-
-
-def between(text: str, name: str, content: str) -> str:
-    """`text` with `content` between the markers called `name`."""
-    pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise SystemExit(f"README.md has no markers '{name}:begin' and '{name}:end'")
-    return pattern.sub(lambda match: match[1] + (content + "\n" if content else "") + match[2], text)
 
 
 def main() -> None:
