@@ -13,16 +13,13 @@ Times are those of the machine as it is: run it where nothing else does.
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from certified import certified, outcome
 from recorded import commit, latest, save
 
 from fewbits.core.record import environment
-from fewbits.pipeline.quantize import quantize
 
 SETTINGS = [("W4A16_ASYM", 64), ("W3A16_ASYM", 64)]
 MINUTES = (2.0, 6.0, 20.0)
@@ -30,22 +27,14 @@ MINUTES = (2.0, 6.0, 20.0)
 
 def measure(model: str, scheme: str, group_size: int, method: str, minutes: float | None, **options: Any) -> dict:
     """One run; `minutes` for auto alone."""
-    with tempfile.TemporaryDirectory() as directory:
-        out = quantize(
-            model, scheme, group_size=group_size, method=method, minutes=minutes, out=Path(directory) / "q", **options,
-        )  # fmt: skip
-        certificate = json.loads((out / "certificate.json").read_text(encoding="utf-8"))
-    found = certificate["evaluations"][0]
+    certificate = certified(model, scheme, group_size=group_size, method=method, minutes=minutes, **options)
     return {
         "scheme": scheme,
         "format": certificate["scheme"]["weights"],
         "method": method,
         "minutes": minutes,
         "choice": certificate.get("auto"),
-        "bits_per_weight": certificate["size"]["bits_per_weight"],
-        "seconds": certificate["seconds"],
-        "peak_rss_bytes": certificate["peak_rss_bytes"],
-        **{name: found[name] for name in ("perplexity", "reference_perplexity", "kl", "top1", "text")},
+        **outcome(certificate),
     }
 
 

@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from certified import certified, outcome
 from recorded import save
 
 from fewbits.checkpoints.source import open_source
 from fewbits.core.record import environment
 from fewbits.formats import Format
 from fewbits.pipeline.planning import plan
-from fewbits.pipeline.quantize import quantize
 from fewbits.planner.candidates import candidates
 from fewbits.planner.plan import Plan
 
@@ -56,16 +55,11 @@ def block_of(name: str) -> int:
 
 
 def measure(chosen: Plan, device: str | None) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as directory:
-        out = quantize("demo", plan=chosen, out=Path(directory) / "q", eval_samples=EVAL_SAMPLES, device=device)
-        certificate = json.loads((out / "certificate.json").read_text(encoding="utf-8"))
-    found = certificate["evaluations"][0]
+    certificate = certified("demo", plan=chosen, eval_samples=EVAL_SAMPLES, device=device)
     return {
-        "bits_per_weight": certificate["size"]["bits_per_weight"],
         "formats": {name: list(chosen.layers.values()).count(name) for name in chosen.formats},
         "method": certificate["method"],
-        "seconds": certificate["seconds"],
-        **{name: found[name] for name in ("perplexity", "kl", "top1", "text")},
+        **outcome(certificate),
     }
 
 

@@ -9,40 +9,24 @@ command; recorded under benchmarks/results as "quality".
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
+from certified import certified, outcome
 from recorded import save
 
 from fewbits.core.record import environment
-from fewbits.pipeline.quantize import quantize
 
 SETTINGS = [("W4A16_ASYM", 64), ("W4A16", 64), ("W3A16_ASYM", 64), ("nf4-g64", None)]
 EVAL_SAMPLES = 16
 
 
 def measure(scheme: str, group_size: int | None, method: str) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as directory:
-        out = quantize(
-            "demo",
-            scheme,
-            group_size=group_size,
-            method=method,
-            out=Path(directory) / "q",
-            eval_samples=EVAL_SAMPLES,
-        )
-        certificate = json.loads((out / "certificate.json").read_text(encoding="utf-8"))
-    found = certificate["evaluations"][0]
+    certificate = certified("demo", scheme, group_size=group_size, method=method, eval_samples=EVAL_SAMPLES)
     return {
         "scheme": scheme,
         "format": certificate["scheme"]["weights"],
         "method": method,
-        "bits_per_weight": certificate["size"]["bits_per_weight"],
-        "seconds": certificate["seconds"],
-        "peak_rss_bytes": certificate["peak_rss_bytes"],
-        **{name: found[name] for name in ("perplexity", "reference_perplexity", "kl", "top1", "text")},
+        **outcome(certificate),
     }
 
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from certified import certified, outcome
 from recorded import save
 
 from fewbits.core.record import environment, write_json
-from fewbits.pipeline.quantize import quantize
 
 BASELINE = "W4A4:rtn"
 SEARCHED = "fp4_fit-g128/fp4_e2m1-token"
@@ -51,22 +50,16 @@ def label(scheme: str, method: str) -> str:
 
 
 def measure(scheme: str, method: str, options: dict[str, Any]) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as directory:
-        out = quantize(
-            "demo", scheme, method=method, method_options=options, samples=CALIBRATION, eval_samples=EVALUATION,
-            out=Path(directory) / "q",
-        )  # fmt: skip
-        certificate = json.loads((out / "certificate.json").read_text(encoding="utf-8"))
-    found = certificate["evaluations"][0]
+    certificate = certified(
+        "demo", scheme, method=method, method_options=options, samples=CALIBRATION, eval_samples=EVALUATION
+    )
     return {
         "scheme": scheme,
         "method": method,
         "options": options,
         "weights": certificate["scheme"]["weights"],
         "activations": certificate["scheme"]["activations"],
-        "bits_per_weight": certificate["size"]["bits_per_weight"],
-        "seconds": certificate["seconds"],
-        **{name: found[name] for name in ("lost", "perplexity", "reference_perplexity", "kl", "top1", "text")},
+        **outcome(certificate, "lost"),
     }
 
 

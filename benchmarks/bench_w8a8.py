@@ -14,16 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from certified import certified, outcome
 from recorded import save
 
 from fewbits.core.record import environment, write_json
-from fewbits.pipeline.quantize import quantize
 
 FACTORS = (1, 10, 30, 100)
 CALIBRATION = 4  # windows of 512 tokens
@@ -84,13 +83,10 @@ def measure(setting: Setting, factor: int, windows: int | None = None) -> dict[s
     if factor != 1:
         method, options = f"inject,{method}", {**options, "inject.factor": float(factor)}
     ranges = {} if setting.act_range is None else {"act_range": setting.act_range}
-    with tempfile.TemporaryDirectory() as directory:
-        out = quantize(
-            "demo", setting.scheme, method=method, method_options=options, samples=CALIBRATION,
-            eval_samples=windows or EVALUATION.get(factor, 2), out=Path(directory) / "q", **ranges,
-        )  # fmt: skip
-        certificate = json.loads((out / "certificate.json").read_text(encoding="utf-8"))
-    found = certificate["evaluations"][0]
+    certificate = certified(
+        "demo", setting.scheme, method=method, method_options=options, samples=CALIBRATION,
+        eval_samples=windows or EVALUATION.get(factor, 2), **ranges,
+    )  # fmt: skip
     return {
         "name": setting.name,
         "factor": factor,
@@ -100,9 +96,7 @@ def measure(setting: Setting, factor: int, windows: int | None = None) -> dict[s
         "act_range": setting.act_range,
         "weights": certificate["scheme"]["weights"],
         "activations": certificate["scheme"]["activations"],
-        "bits_per_weight": certificate["size"]["bits_per_weight"],
-        "seconds": certificate["seconds"],
-        **{name: found[name] for name in ("lost", "perplexity", "reference_perplexity", "kl", "top1", "text")},
+        **outcome(certificate, "lost"),
     }
 
 
