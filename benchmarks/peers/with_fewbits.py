@@ -14,7 +14,7 @@ from contract import finish, job
 from safetensors.torch import load_file
 
 from fewbits.calibration.continuations import continued
-from fewbits.calibration.data import TokenSet, ids_sha256
+from fewbits.calibration.data import TokenSet
 from fewbits.nn.qlinear import qlinears
 from fewbits.pipeline.quantize import quantize
 from fewbits.runtime.load import load
@@ -23,10 +23,7 @@ from fewbits.runtime.load import load
 def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         with job() as work:
-            options, digest = work.options, ids_sha256(work.ids)
-            samples, length = work.ids.shape
-            about = {"samples": samples, "sequence_length": length, "sha256": digest}
-            windows = TokenSet(ids=work.ids, sha256=digest, description=about)
+            options, windows = work.options, TokenSet.of(work.ids, {})
             if copies := options.get("continuations", 0):
                 original, _ = load(work.model, work.accelerator())
                 windows = continued(original, windows, copies)

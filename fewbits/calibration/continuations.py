@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbits.calibration.data import TokenSet, ids_sha256
+from fewbits.calibration.data import TokenSet
 from fewbits.core.errors import BadInput
 from fewbits.core.progress import OnProgress, Progress
 
@@ -54,16 +54,8 @@ def continued(
             if report is not None:
                 report(Progress("continue", first, len(starts), "the original writes calibration text"))
             written.append(_generate(model, starts[first : first + size], length))
-    ids = torch.cat(written)
-    digest = ids_sha256(ids)
-    description = {
-        **tokens.description,
-        "samples": len(ids),
-        "tokens": ids.numel(),
-        "continuations": {"copies": copies, "prefix": prefix, "seed": seed, "windows": len(tokens.ids)},
-        "sha256": digest,
-    }
-    return TokenSet(ids=ids, sha256=digest, description=description)
+    made = {"copies": copies, "prefix": prefix, "seed": seed, "windows": len(tokens.ids)}
+    return TokenSet.of(torch.cat(written), {**tokens.description, "continuations": made})
 
 
 def _starts(ids: Tensor, copies: int, prefix: int, seed: int) -> Tensor:

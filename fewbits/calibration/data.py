@@ -23,10 +23,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from typing import Any
 import torch
 
 from fewbits.core.errors import BadInput, unknown
+from fewbits.core.record import atomic_path
 
 TextSpec = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 SPLITS = ("calibration", "evaluation")
@@ -53,18 +55,20 @@ class TokenSet:
     sha256: str
     description: dict[str, Any]
 
+    @staticmethod
+    def of(ids: torch.Tensor, description: Mapping[str, Any]) -> TokenSet:
+        """The windows `ids`; what follows from them (tokens, samples, sequence_length, sha256) is described anew."""
+        digest = ids_sha256(ids)
+        told = {"tokens": ids.numel(), "samples": ids.shape[0], "sequence_length": ids.shape[1], "sha256": digest}
+        return TokenSet(ids=ids, sha256=digest, description={**description, **told})
+
     @property
     def tokens(self) -> int:
         return self.ids.numel()
 
     def every(self, step: int) -> TokenSet:
         """Each `step`-th window."""
-        if step == 1:
-            return self
-        ids = self.ids[::step]
-        digest = ids_sha256(ids)
-        told = {"tokens": ids.numel(), "samples": len(ids), "sha256": digest}
-        return TokenSet(ids=ids, sha256=digest, description={**self.description, **told})
+        return self if step == 1 else TokenSet.of(self.ids[::step], self.description)
 
 
 def builtin_text() -> list[str]:
@@ -198,21 +202,14 @@ def pack(
         )
     chosen = sorted(random.Random(seed).sample(range(available), wanted))
     windows = [bos + stream[index * width : (index + 1) * width] for index in chosen]
-    ids = torch.tensor(windows, dtype=torch.int64)
-    digest = ids_sha256(ids)
-    return TokenSet(
-        ids=ids,
-        sha256=digest,
-        description={
+    return TokenSet.of(
+        torch.tensor(windows, dtype=torch.int64),
+        {
             "description": description,
             "documents": len(texts),
             "characters": sum(map(len, texts)),
-            "tokens": ids.numel(),
             "tokens_available": len(stream),
-            "samples": wanted,
-            "sequence_length": sequence_length,
             "seed": seed,
-            "sha256": digest,
         },
     )
 
@@ -263,3 +260,31 @@ def ids_sha256(ids: torch.Tensor) -> str:
     digest = hashlib.sha256(",".join(map(str, ids.shape)).encode())
     digest.update(ids.to(torch.int64).contiguous().numpy().astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+def write_tokens(path: Path, tokens: TokenSet, asked: Mapping[str, Any]) -> None:
+    """Keeps `tokens` in the safetensors file `path`, under what was asked for (JSON)."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"description": json.dumps(tokens.description), "asked": json.dumps(asked)}
+    with atomic_path(path) as temporary:
+        save_file({"ids": tokens.ids}, temporary, metadata=metadata)
+
+
+def read_tokens(path: Path, asked: Mapping[str, Any]) -> TokenSet | None:
+    """The windows that `write_tokens` kept in `path`, if they answer to `asked` and are whole; else None."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, ids = file.metadata() or {}, file.get_tensor("ids")
+        description = json.loads(metadata["description"])
+        same = json.loads(metadata["asked"]) == json.loads(json.dumps(asked))
+    except (SafetensorError, KeyError, ValueError):
+        return None
+    if not same or ids_sha256(ids) != description["sha256"]:
+        return None
+    return TokenSet(ids=ids, sha256=description["sha256"], description=description)

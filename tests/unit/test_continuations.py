@@ -10,9 +10,8 @@ import torch
 from tiny_runtime_models import byte_tokenizer, tiny_llama
 
 from fewbits.calibration.continuations import _starts, continued
-from fewbits.calibration.data import TokenSet, ids_sha256, pack
+from fewbits.calibration.data import TokenSet, ids_sha256, pack, read_tokens
 from fewbits.cli.main import app
-from fewbits.cli.text import read_windows
 from fewbits.core.errors import BadInput
 
 
@@ -67,8 +66,8 @@ def test_quantize_keeps_the_text_for_a_run_that_resumes(tmp_path: Path, monkeypa
     certificate = json.loads((out / "certificate.json").read_text())
     assert certificate["calibration"]["continuations"]["copies"] == 2 and certificate["calibration"]["samples"] == 6
     path = Path(f"{out}.calibration.safetensors")
-    assert path.is_file() and read_windows(path, {"copies": 9}) is None
+    assert path.is_file() and read_tokens(path, {"copies": 9}) is None
     monkeypatch.setattr("fewbits.calibration.continuations._generate", None)
     assert CliRunner().invoke(app, command).exit_code == 0  # complete already, and nothing is written again
     path.write_bytes(path.read_bytes()[:40])
-    assert read_windows(path, {}) is None
+    assert read_tokens(path, {}) is None

@@ -20,7 +20,7 @@ from peers.measure import Judge
 from peers.registry import ABSENT, CONTESTANTS, OURS, PEERS, ROWS, Contestant
 from tiny_runtime_models import byte_tokenizer, tiny_llama
 
-from fewbits.calibration.data import TokenSet, ids_sha256
+from fewbits.calibration.data import TokenSet
 from fewbits.core.errors import FewbitsError
 
 
@@ -141,7 +141,7 @@ def a_run(tmp_path: Path, **installed: dict[str, Any]) -> bench_peers.Run:
     ids = torch.zeros(1, 8, dtype=torch.int64)
     run.options = argparse.Namespace(samples=1, limit=60, envs=tmp_path, kept=False)
     run.work, run.model, run.environments = tmp_path, tmp_path, installed
-    run.calibration = TokenSet(ids=ids, sha256=ids_sha256(ids), description={})
+    run.calibration = TokenSet.of(ids, {})
     run.texts = {"built-in": run.calibration}
     for folder in ("results", "scratch", "texts"):
         (tmp_path / folder).mkdir()
@@ -191,7 +191,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
     tiny_llama().save_pretrained(directory / "model")
     byte_tokenizer().save_pretrained(directory / "model")
     ids = torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(0))
-    tokens = TokenSet(ids=ids, sha256=ids_sha256(ids), description={"tokens": 64})
+    tokens = TokenSet.of(ids, {})
     return Judge(directory / "model", {"built-in": tokens}, "cpu", directory)
 
 
