@@ -45,6 +45,11 @@ class Recipe:
         """Everything calibration must collect."""
         return frozenset().union(*(step.statistics for step in self.steps.values()))
 
+    @property
+    def keeps_outliers(self) -> bool:
+        """Whether some columns of weights and inputs stay in 16 bits beside the codes."""
+        return getattr(self.weights, "keeps_outliers", False)
+
     def describe(self) -> dict[str, Any]:
         """JSON: the options of a single step, or those of each by its name."""
         options = {name: dataclasses.asdict(step) for name, step in self.steps.items()}  # type: ignore[call-overload]

@@ -134,7 +134,7 @@ def solve_block(
     states = {name: found.state(f"{prefix}.{name}", scale_dtype) for name, found in ranges.items()}
     causes = diagnoses(refs, forward, sample, formats, activations)
     # Which columns of an input are outliers is known once its linears are solved; until then it is not rounded.
-    apart: Apart | None = {} if getattr(recipe.weights, "keeps_outliers", False) else None
+    apart: Apart | None = {} if recipe.keeps_outliers else None
     with quantized_activations(refs, activations, states, apart):
         parts: Iterable[_Part] = (
             part for found in planned for part in _solve_stages(found, prefix, formats, recipe, apart)

@@ -120,7 +120,7 @@ def prepare(
     elif minutes is not None:
         raise BadInput(f"{minutes:g} minutes given with method {method_name}: they are for method auto, which chooses")
     recipe = compose(method_name, options) if question is None else question.recipe
-    if getattr(recipe.weights, "keeps_outliers", False) and scheme.activations is None:
+    if recipe.keeps_outliers and scheme.activations is None:
         raise BadInput(
             f"method {method_name} keeps outlier channels of inputs in 16 bits, and {scheme.name} rounds no inputs: "
             "use it with scheme W8A8"

@@ -236,7 +236,7 @@ def _checkpoint_kind(job: Job, modules: dict[str, tuple[tuple[int, int], Format]
         said["it has no entry for inputs that are transformed as the model runs"] = job.recipe.name
     if any(job.residual(shape) for shape, _ in modules.values()):
         said["it has no entry for a residual beside the codes"] = job.recipe.name
-    if getattr(job.recipe.weights, "keeps_outliers", False):
+    if job.recipe.keeps_outliers:
         said["it has no entry for columns in 16 bits"] = job.recipe.name
     if job.checkpoint_format == gguf_output.KIND:
         gguf_output.check(job, modules, list(said)[coded:])

@@ -76,7 +76,7 @@ def solve_and_advance(
         )  # fmt: skip
         round_parameters((block.get_parameter(name) for name in changed), job.dtype)
         apart = None
-        if getattr(job.recipe.weights, "keeps_outliers", False):
+        if job.recipe.keeps_outliers:
             apart = {layer.name: layer.outliers for layer in layers}
         inputs = {layer.name: layer.inputs for layer in layers}
         with quantized_activations(refs, job.scheme.activations, inputs, apart):
