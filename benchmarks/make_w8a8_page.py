@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench_w8a8 import FACTORS, rise
+from bench_w8a8 import FACTORS
 from recorded import ROOT, latest, source_line, write_between
+from rows import rise
 
 from fewbits.report.figure import INK, SERIES, save
 

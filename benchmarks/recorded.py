@@ -38,10 +38,14 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def save(benchmark: str, record: dict[str, Any]) -> Path:
-    """Adds `record` to this machine's and commit's file."""
+def save(benchmark: str, record: dict[str, Any], measured: str | None = None) -> Path:
+    """Adds `record` to the file of its machine and of the commit that was `measured`, by default this one.
+
+    `environment` may name the `device`; without it, it is this machine's.
+    """
     month = datetime.datetime.now(datetime.UTC).strftime("%Y%m")
-    path = RESULTS / f"{device_name()}_{month}_{commit()}.json"
+    device = record["environment"].get("device") or device_name()
+    path = RESULTS / f"{device}_{month}_{measured or commit()}.json"
     RESULTS.mkdir(parents=True, exist_ok=True)
     existing = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     write_json(path, {**existing, benchmark: record})

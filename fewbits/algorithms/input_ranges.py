@@ -57,6 +57,7 @@ class InputRange:
     sinks: int = 0
     largest_sink: float = 0.0
     finite: bool = True
+    _device: torch.device | None = None  # of the text; histograms and histories are on the CPU
     _low: Tensor | None = None
     _high: Tensor | None = None
     _histograms: list[Histogram] = field(default_factory=list)
@@ -67,6 +68,7 @@ class InputRange:
         x = x.detach().reshape(-1, x.shape[-1]).float()
         if not len(x):
             return
+        self._device = x.device
         self.finite &= bool(torch.isfinite(x).all())
         apart = sinks(x)
         self.tokens += len(x)
@@ -107,7 +109,7 @@ class InputRange:
             )
         if not self.finite:
             raise FewbitsError(f"{name}: calibration inputs are NaN or infinite; calibrate in float32 or bfloat16")
-        low, high = self._range()
+        low, high = (end.to(self._device) for end in self._range())
         scale, zero = self.format.with_scale_dtype(dtype).params_from_range(low[None], high[None])
         found = {"input_scale": scale.float()}
         return found if zero is None else {**found, "input_zero": zero}

@@ -106,8 +106,8 @@ def prepare(
     out: Path, model: str | Path, scheme_name: str, group_size: int | None, method_name: str,
     options: dict[str, Any], text: TextSpec | TokenSet, samples: int | None, sequence_length: int | None, seed: int,
     ignore: tuple[str, ...], dtype_name: str | None, device_name: str | None, checkpoint_format: str,
-    eval_samples: int, sequential: bool, experts: str, plan: Plan | None = None, minutes: float | None = None,
-    act_range: str | None = None,
+    eval_samples: int | TokenSet, sequential: bool, experts: str, plan: Plan | None = None,
+    minutes: float | None = None, act_range: str | None = None,
 ) -> Job:  # fmt: skip
     scheme = parse_scheme(scheme_name, group_size) if plan is None else Scheme(
         name="mixed", weights=parse_format(Counter(plan.layers.values()).most_common(1)[0][0])
@@ -142,8 +142,8 @@ def prepare(
     tokens = None
     if recipe.statistics or act_range is not None:
         tokens = calibration_tokens(source, text, samples, sequence_length, seed, learns=bool(recipe.learners))
-    probe = None
-    if eval_samples:
+    probe = eval_samples if isinstance(eval_samples, TokenSet) else None
+    if isinstance(eval_samples, int) and eval_samples:
         texts, described = read_texts(None, split="evaluation")
         limit = source.config().get("max_position_embeddings")
         probe = pack(

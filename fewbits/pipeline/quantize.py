@@ -63,7 +63,7 @@ def quantize(
     dtype: str | None = None,
     device: str | None = None,
     checkpoint_format: str = "auto",
-    eval_samples: int = 8,
+    eval_samples: int | TokenSet = 8,
     sequential: bool = False,
     experts: str = "borrow",
     restart: bool = False,
@@ -83,7 +83,8 @@ def quantize(
     dtype: what is not quantized is stored as this (default: the model's own).
     experts: for experts that saw fewer calibration tokens than they have inputs: "borrow" the statistics of all
     experts of the block, or round them "data-free".
-    eval_samples: windows of held-out built-in text to measure the loss on; 0 to leave it unmeasured.
+    eval_samples: windows of held-out built-in text to measure the loss on, or the windows themselves; 0 to leave it
+    unmeasured.
     Raises BadInput before any work for arguments that make no sense, FewbitsError for a run that fails; an
     interrupted or failed run leaves `out` untouched and continues when repeated.
     """
