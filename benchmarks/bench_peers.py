@@ -3,9 +3,10 @@
 Every peer is installed in an environment of its own (minutes each, once), quantizes the re-ordered embedded model
 after the same calibration windows, and hands back the weights as its own library decodes them. One evaluation
 measures all of them on text that calibration never saw. What is done already is kept in the work directory: an
-interrupted run goes on, and results made on another machine can be copied into its folder `results`.
+interrupted run goes on, results made on another machine can be copied into its folder `results`, and those of an
+earlier record count where it has none (`--record`).
 
-    python benchmarks/bench_peers.py [--only AutoRound] [--text NAME=FILE] [--jobs 2] [--dry-run]
+    python benchmarks/bench_peers.py [--only AutoRound] [--text NAME=FILE] [--record FILE] [--jobs 2] [--dry-run]
 
 The record is "peers"; `make docs` makes docs/comparison.md and its figure from it.
 """
@@ -62,6 +63,31 @@ class Run:
         self.judge: Judge | None = None
         self.judging = threading.Lock()
         self.environments: dict[str, dict[str, Any]] = {}
+        self.recorded: dict[str, Any] = {"peers": {}}
+        if options.record:
+            self.adopt(json.loads(options.record.read_text(encoding="utf-8"))["peers"])
+
+    def adopt(self, record: dict[str, Any]) -> None:
+        """Puts the results of `record` into the work directory where it has none.
+
+        They were made of the same tokens, or they are refused; one of other options or versions is left out."""
+        texts = {name: text["sha256"] for name, text in record["texts"].items()}
+        if record["calibration"]["sha256"] != self.calibration.sha256 or any(
+            texts.get(name) != text.sha256 for name, text in self.texts.items()
+        ):
+            raise FewbitsError(f"{self.options.record}: made of other texts than {', '.join(self.texts)} here")
+        self.recorded = record
+        found = {f"{each['row']}/{each['peer']}/{each['label']}": each for each in record["results"]}
+        for contestant in CONTESTANTS:
+            result, path = found.get(contestant.key), self.result_path(contestant)
+            if result is None or result["error"] or path.is_file() or result["options"] != contestant.options:
+                continue
+            if contestant.peer == OURS or self._same_environment(contestant.peer):
+                write_json(path, result)
+
+    def _same_environment(self, peer: str) -> bool:
+        spec, then = PEERS[peer].environment.spec(), self.recorded["peers"].get(peer, {})
+        return all(then.get(name) == value for name, value in spec.items())
 
     def result_path(self, contestant: Contestant) -> Path:
         """Where the result lies: named after all that decides it."""
@@ -90,8 +116,10 @@ class Run:
             print(f"environment of {name}: {found['error'] or 'ready'} ({found['seconds']} s)", flush=True)
 
     def installed(self, name: str) -> dict[str, Any]:
-        """{"seconds", "error"} of the peer's environment, from this run or an earlier one."""
+        """{"seconds", "error"} of the peer's environment, from this run, an earlier one or the record gone on from."""
         found = self.environments.get(name) or recorded(name, PEERS[name].environment, self.options.envs)
+        if not found and self._same_environment(name):
+            found = self.recorded["peers"][name]
         return {key: found.get(key) for key in ("seconds", "error")}
 
     def known(self, contestant: Contestant) -> dict[str, Any] | None:
@@ -200,7 +228,10 @@ def arguments() -> argparse.Namespace:
         "--text", action="append", default=[], metavar="NAME=FILE", help="measure what is run on this text too"
     )
     parser.add_argument("--samples", type=int, default=16, help=f"calibration windows of {LENGTH} tokens")
-    parser.add_argument("--only", default="", help="contestants whose row/peer/label holds this")
+    parser.add_argument("--record", type=Path, help="an earlier record, whose results count where there are none yet")
+    parser.add_argument(
+        "--only", action="append", default=[], help="contestants whose row/peer/label holds this; may be repeated"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="contestants at a time")
     parser.add_argument("--limit", type=int, default=3600, help="seconds a contestant may take")
     parser.add_argument(
@@ -217,7 +248,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     run = Run(options)
-    wanted = [each for each in CONTESTANTS if options.only in each.key]
+    wanted = [each for each in CONTESTANTS if not options.only or any(part in each.key for part in options.only)]
     missing = [each for each in wanted if run.known(each) is None]
     if not options.kept:
         run.prepare(missing)

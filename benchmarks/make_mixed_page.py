@@ -1,6 +1,6 @@
-"""Writes mixed bit-rates beside uniform ones into docs/plans.md, from the newest "mixed" record.
+"""Writes mixed bit-rates beside uniform ones into docs/plans.md and draws docs/images/mixed.svg.
 
-Without a record the page stays as it is.
+Reads the newest "mixed" record under benchmarks/results; without one the page stays as it is.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from typing import Any
 
 from recorded import ROOT, latest, source_line, write_between
 
+from fewbits.report.figure import BASELINE, LINE, METHOD, save
+
 PAGE = ROOT / "docs" / "plans.md"
+FIGURE = ROOT / "docs" / "images" / "mixed"
 
 
 def table(record: dict[str, Any]) -> str:
@@ -32,13 +35,45 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def draw(canvas: Any, record: dict[str, Any]) -> None:
+    """Bits against KL, with what the plan saves written between the two."""
+    axes, rows = canvas.subplots(), sorted(record["rows"], key=lambda row: row["bits"])
+    for name, colour, marker in (("uniform", BASELINE, "s"), ("planned", METHOD, "o")):
+        found = [row[name] for row in rows]
+        axes.errorbar(
+            [each["bits_per_weight"] for each in found], [each["kl"]["mean"] for each in found],
+            yerr=[each["kl"]["stderr"] for each in found], color=colour, marker=marker, markersize=6, linewidth=1.4,
+            elinewidth=1.0, label=name,
+        )  # fmt: skip
+    for row in rows:
+        at, kl = row["planned"]["bits_per_weight"], row["planned"]["kl"]
+        axes.annotate(
+            f"{100 * (row['ratio'] - 1):.0f} %", (at, kl["mean"] - kl["stderr"]), textcoords="offset points",
+            xytext=(0, -6), ha="center", va="top", color=METHOD, fontsize=8.5,
+        )  # fmt: skip
+    axes.set_yscale("log")
+    lowest = min(row["planned"]["kl"]["mean"] for row in rows)
+    axes.set_ylim(bottom=lowest / 1.4)
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in (0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0) if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(True, axis="both", color=LINE)
+    axes.set_xlabel("bits per weight, scales and zero points counted")
+    axes.set_ylabel("KL to the original, nats per token")
+    axes.legend(loc="upper right")
+
+
 def main() -> None:
     found = latest("mixed")
     if found is None:
         print("no 'mixed' record under benchmarks/results: docs/plans.md left as it is")
         return
     path, record = found
-    write_between(PAGE, mixed=f"{table(record)}\n\n{source_line(path, 'bench_mixed.py')}")
+    figure = "![Bits against KL, uniform and planned](images/mixed.svg)"
+    write_between(PAGE, mixed=f"{table(record)}\n\n{figure}\n\n{source_line(path, 'bench_mixed.py')}")
+    save(FIGURE, lambda canvas, _: draw(canvas, record), 3.6)
+    FIGURE.with_suffix(".png").unlink()
 
 
 if __name__ == "__main__":

@@ -139,8 +139,8 @@ def test_what_is_installed_is_left_alone(tmp_path: Path, monkeypatch: pytest.Mon
 def a_run(tmp_path: Path, **installed: dict[str, Any]) -> bench_peers.Run:
     run = bench_peers.Run.__new__(bench_peers.Run)
     ids = torch.zeros(1, 8, dtype=torch.int64)
-    run.options = argparse.Namespace(samples=1, limit=60, envs=tmp_path, kept=False)
-    run.work, run.model, run.environments = tmp_path, tmp_path, installed
+    run.options = argparse.Namespace(samples=1, limit=60, envs=tmp_path, kept=False, record="record.json")
+    run.work, run.model, run.environments, run.recorded = tmp_path, tmp_path, installed, {"peers": {}}
     run.calibration = TokenSet.of(ids, {})
     run.texts = {"built-in": run.calibration}
     for folder in ("results", "scratch", "texts"):
@@ -180,6 +180,27 @@ def test_results_are_kept_and_ours_only_while_the_code_is_the_same(
     for each in contestants:
         run.result(each)
     assert made == ["HQQ", OURS, OURS]
+
+
+def test_an_earlier_record_counts_where_there_is_nothing_newer(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    described = {"sha256": run.calibration.sha256}
+    ours, theirs, moved = (next(each for each in CONTESTANTS if each.peer == peer) for peer in (OURS, "HQQ", "torchao"))
+    specs = {peer: {**PEERS[peer].environment.spec(), "seconds": 7.0, "error": None} for peer in PEERS}
+    specs["torchao"]["requirements"] = ["torchao==0"]
+    results = [
+        result(each.row, each.peer, each.label, 4.25, 0.1, options=each.options) for each in (ours, theirs, moved)
+    ]
+    record = {"calibration": described, "texts": {"built-in": described}, "peers": specs, "results": results}
+    bench_peers.write_json(run.result_path(ours), {"newer": True})
+    run.adopt(record)
+    run.options.kept = True
+    assert run.result(ours) == {"newer": True}
+    assert run.result(theirs) == results[1]
+    assert run.result(moved)["error"] == "not run yet"  # of another version
+    assert run.installed("HQQ") == {"seconds": 7.0, "error": None}
+    with pytest.raises(FewbitsError, match="other texts"):
+        run.adopt({**record, "calibration": {"sha256": "another"}})
 
 
 # ---- the evaluation
