@@ -168,6 +168,14 @@ def whole_tokens(spec: LinearSpec) -> No | None:
     return No(f"it multiplies levels, and {spec.activations.name} has several scales in a token")
 
 
+def whole_rows(spec: LinearSpec) -> No | None:
+    """None where each row of the weight has one scale; else No."""
+    size = spec.format.scaling.group_size
+    if size is None or size >= spec.shape[1]:
+        return None
+    return No("it has one scale per row, the format one per group")
+
+
 def on_cpu(spec: LinearSpec) -> No | None:
     return None if spec.device.type == "cpu" else No(f"runs on cpu, not on {spec.device.type}")
 

@@ -40,6 +40,7 @@ from fewbits.kernels.base import (
     on_cpu,
     operator_exists,
     split_levels,
+    whole_rows,
     whole_tokens,
 )
 
@@ -49,6 +50,24 @@ _COLUMN_BLOCK = 32
 _ROW_BLOCK = 16
 
 
+def pack_levels(weight: Quantized, row_block: int, column_block: int) -> Tensor:
+    """The codes less that of level 0 as int8, padded with zeros to whole blocks."""
+    rows, columns = weight.shape
+    levels = (weight.codes.short() - middle_code(weight.format)).to(torch.int8)
+    return functional.pad(levels, (0, -columns % column_block, 0, -rows % row_block)).contiguous()
+
+
+def codes_of_levels(levels: Tensor, spec: LinearSpec) -> Tensor:
+    """The inverse of `pack_levels`."""
+    rows, columns = spec.shape
+    return (levels[:rows, :columns].short() + middle_code(spec.format)).to(torch.uint8)
+
+
+def by_row(values: Tensor, weight: Quantized) -> Tensor:
+    """Scales or zero points, of rows or of the whole tensor, as float32 [out]."""
+    return values.float().expand(weight.shape[0], 1).flatten().contiguous()
+
+
 class CpuInt8:
     name = "cpu_int8"
     floor_db = 45.0
@@ -56,37 +75,26 @@ class CpuInt8:
     recovers_codes = True
 
     def accepts(self, spec: LinearSpec) -> Yes | No:
-        for no in (on_cpu(spec), affine(spec.format), whole_tokens(spec)):
+        for no in (on_cpu(spec), affine(spec.format), whole_tokens(spec), whole_rows(spec)):
             if no is not None:
                 return no
-        size = spec.format.scaling.group_size
-        if size is not None and size < spec.shape[1]:
-            return No("it has one scale per row, the format one per group")
         if not operator_exists("aten", "_weight_int8pack_mm"):
             return No("this torch has no weight-only int8 product")
         return Yes("bfloat16 products, 8 bits per weight in memory")
 
     def prepack(self, weight: Quantized) -> Packed:
-        half = middle_code(weight.format)
-        rows, columns = weight.shape
-        more_rows = -rows % _ROW_BLOCK
-        scale = weight.scale.float().expand(rows, 1).reshape(rows).contiguous()
+        levels, scale = pack_levels(weight, _ROW_BLOCK, _COLUMN_BLOCK), by_row(weight.scale, weight)
         packed = {
-            "weight": functional.pad(
-                (weight.codes.short() - half).to(torch.int8), (0, -columns % _COLUMN_BLOCK, 0, more_rows)
-            ).contiguous(),
-            "scale16": functional.pad(scale, (0, more_rows)).to(torch.bfloat16),
+            "weight": levels,
+            "scale16": functional.pad(scale, (0, len(levels) - len(scale))).to(torch.bfloat16),
             "scale": scale,
         }
         if weight.zero is not None:
-            zero = weight.zero.float().expand(rows, 1).reshape(rows)
-            packed["offset"] = (half - zero) * scale
+            packed["offset"] = (middle_code(weight.format) - by_row(weight.zero, weight)) * scale
         return packed
 
     def codes(self, packed: Packed, spec: LinearSpec) -> Tensor:
-        half = middle_code(spec.format)
-        rows, columns = spec.shape
-        return (packed["weight"][:rows, :columns].short() + half).to(torch.uint8)
+        return codes_of_levels(packed["weight"], spec)
 
     def bind(self, packed: Packed, spec: LinearSpec) -> Bound:
         weight, scale = packed["weight"], packed["scale16"]

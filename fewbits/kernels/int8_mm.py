@@ -23,17 +23,18 @@ from torch.nn import functional
 
 from fewbits.formats import Quantized
 from fewbits.kernels.base import (
-    Bound,
     LinearSpec,
     No,
     Packed,
+    Plain,
     Yes,
     affine,
     joined_rows,
-    middle_code,
     split_levels,
+    whole_rows,
     whole_tokens,
 )
+from fewbits.kernels.cpu_int8 import by_row, codes_of_levels, pack_levels
 
 _BLOCK = 16
 _LEAST_ROWS = 32  # cuBLASLt: more than 16
@@ -54,7 +55,7 @@ def multiplies_int8(device: torch.device) -> bool:
     return torch.equal(y.double(), x.double() @ w.double().t())
 
 
-class Int8Mm:
+class Int8Mm(Plain):
     name = "int8_mm"
     floor_db = 110.0
     input_dtype: torch.dtype | None = torch.float32
@@ -64,35 +65,23 @@ class Int8Mm:
         inputs = spec.activations
         if inputs is None or inputs.grid.kind != "integer" or inputs.scaling.zero_point:
             return No("it multiplies by INT8 inputs without a zero point")
-        for no in (affine(spec.format), whole_tokens(spec)):
+        for no in (affine(spec.format), whole_tokens(spec), whole_rows(spec)):
             if no is not None:
                 return no
         if spec.format.scaling.zero_point:
             return No("its weights have no zero point")
         if spec.format.bits < 5:
             return No("it would keep 8 bits for a weight of fewer than 5")
-        size = spec.format.scaling.group_size
-        if size is not None and size < spec.shape[1]:
-            return No("it has one scale per row, the format one per group")
         if not multiplies_int8(spec.device):
             what = "CPU (no AVX-512 VNNI, no AMX)" if spec.device.type == "cpu" else spec.device.type
             return No(f"this {what} multiplies no INT8 that torch knows of")
         return Yes("INT8 products with int32 sums, 8 bits per weight in memory")
 
     def prepack(self, weight: Quantized) -> Packed:
-        rows, columns = weight.shape
-        levels = (weight.codes.short() - middle_code(weight.format)).to(torch.int8)
-        return {
-            "weight": functional.pad(levels, (0, -columns % _BLOCK, 0, -rows % _BLOCK)).contiguous(),
-            "scale": weight.scale.float().expand(rows, 1).reshape(rows).contiguous(),
-        }
+        return {"weight": pack_levels(weight, _BLOCK, _BLOCK), "scale": by_row(weight.scale, weight)}
 
     def codes(self, packed: Packed, spec: LinearSpec) -> Tensor:
-        rows, columns = spec.shape
-        return (packed["weight"][:rows, :columns].short() + middle_code(spec.format)).to(torch.uint8)
-
-    def bind(self, packed: Packed, spec: LinearSpec) -> Bound:
-        return lambda x: self.linear(x, packed, spec)
+        return codes_of_levels(packed["weight"], spec)
 
     def join(self, parts: Sequence[Packed], specs: Sequence[LinearSpec]) -> tuple[Packed, list[Packed]] | None:
         return joined_rows(parts, specs, {"weight": 0, "scale": 0})
