@@ -9,7 +9,8 @@ than float32 (cpu_int8.py), and this kernel says no: cpu_int8 then multiplies th
 exactly up to sums of 2**24.
 
 cuBLASLt wants more than 16 rows and whole blocks of 16 columns, so x is padded with rows and the weight with columns
-of zeros. Zero points are refused: INT8 levels less a zero point do not fit 8 bits.
+of zeros. Zero points are refused: INT8 levels less a zero point do not fit 8 bits. Columns of x that are not rounded
+(formats/outliers.py) meet the same weight in float32.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ class Int8Mm(Plain):
         return joined_rows(parts, specs, {"weight": 0, "scale": 0})
 
     def linear(self, x: Tensor, packed: Packed, spec: LinearSpec) -> Tensor:
-        assert spec.activations is not None
+        if spec.activations is None:
+            return self._unrounded(x, packed, spec)
         out, columns = spec.shape
         weight = packed["weight"]
         levels, scale = split_levels(x.reshape(-1, columns), spec.activations, packed)
@@ -96,6 +98,14 @@ class Int8Mm(Plain):
         whole = functional.pad(levels.to(torch.int8), (0, weight.shape[1] - columns, 0, more))
         y = torch._int_mm(whole, weight.t())[:count, :out].float()
         return (y * scale * packed["scale"]).to(x.dtype).reshape(*x.shape[:-1], out)
+
+    def _unrounded(self, x: Tensor, packed: Packed, spec: LinearSpec) -> Tensor:
+        """The float32 product, in the columns where x is not zero: for LLM.int8(), few."""
+        out, columns = spec.shape
+        rows = x.reshape(-1, columns).float()
+        used = rows.any(0).nonzero().flatten()
+        y = rows[:, used] @ packed["weight"][:out, used].float().t() * packed["scale"]
+        return y.to(x.dtype).reshape(*x.shape[:-1], out)
 
 
 KERNEL = Int8Mm()

@@ -48,6 +48,17 @@ def test_it_is_the_reference_to_the_rounding_of_scales(weights: str, inputs: str
         assert KERNEL.linear(torch.zeros(0, shape[1]), packed | state, product).shape == (0, shape[0])
 
 
+def test_inputs_that_are_not_rounded_meet_the_same_weight() -> None:
+    product = spec("int8-channel", None)
+    weight = product.format.quantize(torch.randn(product.shape))
+    x = torch.zeros(2, 3, product.shape[1])
+    x[..., 7:9] = torch.randn(2, 3, 2)
+    expected = REFERENCE.linear(x, REFERENCE.prepack(weight), product)
+    y = KERNEL.linear(x, KERNEL.prepack(weight), product)
+    assert y.shape == expected.shape and sqnr_db(expected, y) > KERNEL.floor_db
+    assert not KERNEL.linear(torch.zeros(1, product.shape[1]), KERNEL.prepack(weight), product).any()
+
+
 @pytest.mark.usefixtures("able")
 def test_what_it_cannot_multiply_it_refuses() -> None:
     refused = [
