@@ -1,6 +1,7 @@
 """Data types: a grid of levels times a scaling over blocks."""
 
-from fewbits.formats.base import Format, Quantized, Scaling
+from fewbits.formats.base import Format, Quantized
+from fewbits.formats.blocks import Scaling
 from fewbits.formats.grid import Grid
 from fewbits.formats.parse import known_formats, parse_format
 from fewbits.formats.scheme import SCHEMES, Scheme, parse_scheme

@@ -21,7 +21,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fewbits.formats.base import Format, Quantized, Scaling
+from fewbits.formats.base import Format, Quantized
+from fewbits.formats.blocks import Scaling
 from fewbits.formats.elements import ELEMENTS
 from fewbits.formats.grid import Grid
 from fewbits.formats.kquant import BlockFormat, BlockScale

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from fewbits.core.errors import BadInput
 from fewbits.formats import bits as packing
-from fewbits.formats.base import Format, Quantized, Scaling
+from fewbits.formats.base import Format, Quantized
+from fewbits.formats.blocks import Scaling
 from fewbits.formats.grid import integer_grid
 from fewbits.formats.kquant_search import Columns, Stored, descend, half, store
 from fewbits.formats.scales import Layout, State

@@ -26,8 +26,9 @@ from collections.abc import Callable
 from functools import cache
 
 from fewbits.core.errors import BadInput, nearest_first, unknown
-from fewbits.formats.base import Format, Scaling
+from fewbits.formats.base import Format
 from fewbits.formats.best_minifloat import BestMinifloat
+from fewbits.formats.blocks import Scaling
 from fewbits.formats.elements import ELEMENTS, NARROW, UNSIGNED
 from fewbits.formats.ggml_tables import FORMATS as GGML_TABLES
 from fewbits.formats.grid import Grid

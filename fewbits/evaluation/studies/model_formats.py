@@ -51,7 +51,7 @@ from fewbits.evaluation.studies.operands import (
 )
 from fewbits.evaluation.studies.record import Record, record
 from fewbits.formats import Format
-from fewbits.formats.base import Scaling
+from fewbits.formats.blocks import Scaling
 from fewbits.formats.elements import ELEMENTS
 from fewbits.formats.scales import PlainScale
 from fewbits.metrics.distributions import DISTRIBUTIONS, best_scale
