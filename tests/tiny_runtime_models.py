@@ -33,6 +33,13 @@ def byte_tokenizer():
     )
 
 
+def saved(model: nn.Module, directory: Path) -> Path:
+    """`directory`, with `model` and the byte tokenizer written into it."""
+    model.save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
 def tiny_llama(*, seed: int = 0, layers: int = 2, tied: bool = True, **changes):
     """A random Llama of 64 hidden units, 4 heads of 16 over 2 key-value heads, in float32."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from limits import attempt, refused
-from tiny_runtime_models import byte_tokenizer, tiny_llama
+from tiny_runtime_models import saved, tiny_llama
 from tiny_tokenizers import sentencepiece
 
 from fewbits.checkpoints.source import open_source
@@ -33,8 +33,7 @@ VALUES: list[Any] = [
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A sound directory of each family, loaded once so that imports are not counted."""
     directory = tmp_path_factory.mktemp(request.param)
-    tiny_llama(layers=1, **FAMILIES[request.param]).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
+    saved(tiny_llama(layers=1, **FAMILIES[request.param]), directory)
     load_all(directory)
     yield directory
     shutil.rmtree(directory)
@@ -96,9 +95,7 @@ TEXTS: dict[str, bytes] = {
 @pytest.fixture
 def plain(tmp_path: Path) -> Path:
     directory = tmp_path / "m"
-    tiny_llama(layers=1).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
+    return saved(tiny_llama(layers=1), directory)
 
 
 @pytest.mark.parametrize("case", TEXTS)

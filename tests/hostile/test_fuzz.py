@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from limits import attempt
 from test_codecs_hostile import Broken, fixtures
-from tiny_runtime_models import byte_tokenizer, tiny_llama
+from tiny_runtime_models import saved, tiny_llama
 
 from fewbits.checkpoints.base import parse_json
 from fewbits.checkpoints.codecs import CODECS
@@ -77,8 +77,7 @@ def test_safetensors_headers(tmp_path: Path, header: dict[str, Any], data: bytes
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tiny_llama(layers=1).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    saved(tiny_llama(layers=1), folder)
     load_model(open_source(folder)), open_source(folder).load_tokenizer()
     return folder
 

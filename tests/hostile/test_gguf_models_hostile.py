@@ -11,7 +11,7 @@ import pytest
 import torch
 from limits import attempt, refused
 from test_gguf_hostile import ARRAY, F32, STRING, U32, array, key, text
-from tiny_runtime_models import byte_tokenizer, tiny_llama
+from tiny_runtime_models import saved, tiny_llama
 from tiny_tokenizers import byte_level, sentencepiece, unigram
 
 from fewbits.checkpoints import gguf_write
@@ -63,8 +63,7 @@ VALUES: dict[str, tuple[int, bytes]] = {
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GGUFSource]:
     folder = tmp_path_factory.mktemp(request.param)
-    tiny_llama(layers=1, **FAMILIES[request.param]).save_pretrained(folder / "m")
-    byte_tokenizer().save_pretrained(folder / "m")
+    saved(tiny_llama(layers=1, **FAMILIES[request.param]), folder / "m")
     write_gguf(open_source(folder / "m"), folder / "m.gguf")
     source = GGUFSource(str(folder / "m.gguf"))
     run(folder / "m.gguf")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tiny_runtime_models import byte_tokenizer, tiny_llama
+from tiny_runtime_models import saved, tiny_llama
 
 KILLS = 30
 LAYERS = 60
@@ -41,8 +41,7 @@ def start(model: Path, out: Path) -> tuple[Any, Any]:
 
 def test_thirty_kills_change_no_byte(tmp_path: Path) -> None:
     model = tmp_path / "dense"
-    tiny_llama(layers=LAYERS).save_pretrained(model)
-    byte_tokenizer().save_pretrained(model)
+    saved(tiny_llama(layers=LAYERS), model)
 
     undisturbed, working = start(model, tmp_path / "undisturbed")
     began = time.monotonic()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from test_pipeline import Stop, run, same, tensors
-from tiny_runtime_models import byte_tokenizer, tiny_llama
+from tiny_runtime_models import saved, tiny_llama
 from typer.testing import CliRunner
 
 from fewbits.algorithms import METHODS
@@ -40,10 +40,7 @@ class Clock:
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("dense")
-    tiny_llama(layers=LAYERS).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
+    return saved(tiny_llama(layers=LAYERS), tmp_path_factory.mktemp("dense"))
 
 
 # ---- what fits, and what is best: no model
@@ -327,8 +324,7 @@ def test_a_candidate_that_fails_is_told_and_the_rest_goes_on(
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_models_of_few_blocks(tmp_path: Path, clock: Clock, layers: int) -> None:
-    tiny_llama(layers=layers).save_pretrained(tmp_path / "m")
-    byte_tokenizer().save_pretrained(tmp_path / "m")
+    saved(tiny_llama(layers=layers), tmp_path / "m")
     choice = certificate(run(tmp_path / "m", tmp_path / "q", **{**SMALL, "samples": 1}, minutes=3))["auto"]
     assert choice["chosen"] and choice["tried_on"] in ([0], [0, 1])
 

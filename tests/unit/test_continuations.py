@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runtime_models import byte_tokenizer, tiny_llama
+from tiny_runtime_models import byte_tokenizer, saved, tiny_llama
 
 from fewbits.calibration.continuations import _starts, continued
 from fewbits.calibration.data import TokenSet, ids_sha256, pack, read_tokens
@@ -57,8 +57,7 @@ def test_quantize_keeps_the_text_for_a_run_that_resumes(tmp_path: Path, monkeypa
     from typer.testing import CliRunner
 
     model, out = tmp_path / "model", tmp_path / "out"
-    tiny_llama(max_position_embeddings=1024).save_pretrained(model)
-    byte_tokenizer().save_pretrained(model)
+    saved(tiny_llama(max_position_embeddings=1024), model)
     command = ["quantize", str(model), "-o", str(out), "--scheme", "int4-g16", "--samples", "2", "--json",
                "--sequence-length", "80", "--continuations", "2", "--eval-samples", "1"]  # fmt: skip
     done = CliRunner().invoke(app, command)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runtime_models import byte_tokenizer, quantized_weights, tiny_llama, write_quantized
+from tiny_runtime_models import quantized_weights, saved, tiny_llama, write_quantized
 
 from fewbits.checkpoints.codecs import quantized_modules
 from fewbits.checkpoints.gguf_export import write_gguf
@@ -60,8 +60,7 @@ def test_there_and_back_nothing_is_rounded(name: str, kind: str, tmp_path: Path)
 
 
 def test_legacy_types_go_to_what_others_read(tmp_path: Path) -> None:
-    tiny_llama(**WIDE).save_pretrained(tmp_path / "m")
-    byte_tokenizer().save_pretrained(tmp_path / "m")
+    saved(tiny_llama(**WIDE), tmp_path / "m")
     for name, targets in {
         "q4_0": ("compressed-tensors", "gptq_v2", "mlx"),
         "q8_0": ("gptq",),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_pipeline import run
-from tiny_runtime_models import byte_tokenizer, tiny_llama
+from tiny_runtime_models import saved, tiny_llama
 
 from fewbits.calibration.collect import collect_inputs, input_stages
 from fewbits.calibration.coverage import cover, report, sentence
@@ -67,8 +67,7 @@ def test_those_that_saw_enough_keep_their_own(seen) -> None:
 
 @pytest.mark.parametrize("policy", ["borrow", "data-free"])
 def test_the_certificate_names_them(policy: str, tmp_path: Path) -> None:
-    tiny_llama(**MOE).save_pretrained(tmp_path / "moe")
-    byte_tokenizer().save_pretrained(tmp_path / "moe")
+    saved(tiny_llama(**MOE), tmp_path / "moe")
     out = run(tmp_path / "moe", tmp_path / "q", samples=1, sequence_length=32, experts=policy)
     certificate = json.loads((out / "certificate.json").read_text())
     found = certificate["experts"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fake_certificate import fake_certificate
 from test_pipeline import run
-from tiny_runtime_models import byte_tokenizer, llama_with_outliers
+from tiny_runtime_models import llama_with_outliers, saved
 
 from fewbits.algorithms.diagnosis import diagnose
 from fewbits.formats import parse_format
@@ -57,8 +57,7 @@ def test_without_outliers_no_channel_is_to_blame() -> None:
 
 
 def test_the_report_says_what_would_help(tmp_path: Path) -> None:
-    llama_with_outliers((3, 40), intermediate_size=192).save_pretrained(tmp_path / "dense")
-    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    saved(llama_with_outliers((3, 40), intermediate_size=192), tmp_path / "dense")
     out = run(tmp_path / "dense", tmp_path / "q", "W8A8", method="rtn")
     certificate = read_certificate(out)
     found = rounding.diagnosed(certificate)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from test_awq import first_block
 from test_pipeline import run, tensors
-from tiny_runtime_models import byte_tokenizer, tiny_llama
+from tiny_runtime_models import saved, tiny_llama
 from torch import Tensor, nn
 
 from fewbits.algorithms.awq import AWQ, scales
@@ -87,8 +87,7 @@ def test_ties_between_codes_go_to_the_even_one() -> None:
 def test_an_odd_number_of_codes_and_a_short_last_group(tmp_path: Path, method: str) -> None:
     """An MLP of 150 in groups of 64: 64, 64 and 22; one of 75: rows end in half a byte."""
     for name, size in (("short", 150), ("odd", 75)):
-        tiny_llama(layers=1, intermediate_size=size).save_pretrained(tmp_path / name)
-        byte_tokenizer().save_pretrained(tmp_path / name)
+        saved(tiny_llama(layers=1, intermediate_size=size), tmp_path / name)
         out = run(tmp_path / name, tmp_path / f"{name}-q", "int4-asym-g64", method=method, checkpoint_format="native")
         codes = tensors(out)["model.layers.0.mlp.down_proj.codes"]
         assert codes.shape == (64, (size + 1) // 2)
@@ -166,8 +165,7 @@ def test_a_bias_does_not_enter_the_statistics_and_goes_out_as_it_came(tmp_path: 
         model = tiny_llama(layers=1, model_type="qwen2")
         with torch.no_grad():
             model.model.layers[0].self_attn.v_proj.bias += shift
-        model.save_pretrained(tmp_path / name)
-        byte_tokenizer().save_pretrained(tmp_path / name)
+        saved(model, tmp_path / name)
         outs.append(tensors(run(tmp_path / name, tmp_path / f"{name}-q", eval_samples=0)))
     biases = [out["model.layers.0.self_attn.v_proj.bias"] for out in outs]
     torch.testing.assert_close(biases[1] - biases[0], torch.full_like(biases[0], 5.0))
@@ -180,8 +178,7 @@ def test_a_bias_does_not_enter_the_statistics_and_goes_out_as_it_came(tmp_path: 
 
 def test_the_embeddings_of_a_tied_head_are_untouched(tmp_path: Path) -> None:
     """Rounding the head in place would round the embeddings with it."""
-    tiny_llama(layers=1, tied=True).save_pretrained(tmp_path / "m")
-    byte_tokenizer().save_pretrained(tmp_path / "m")
+    saved(tiny_llama(layers=1, tied=True), tmp_path / "m")
     with pytest.raises(Unsupported, match="lm_head shares its tensor with the embeddings"):
         run(tmp_path / "m", tmp_path / "q", ignore=())
     out = tensors(run(tmp_path / "m", tmp_path / "q", "int2-g32", method="rtn", eval_samples=0))
@@ -233,10 +230,8 @@ def test_weights_stored_transposed_are_refused_and_not_rounded_across(tmp_path: 
     """GPT-2's Conv1D holds [in, out]: groups along its last axis would share scales across outputs."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    GPT2LMHeadModel(
-        GPT2Config(vocab_size=264, n_embd=64, n_layer=1, n_head=4, n_positions=256, bos_token_id=256, eos_token_id=257)
-    ).save_pretrained(tmp_path / "m")
-    byte_tokenizer().save_pretrained(tmp_path / "m")
+    sizes = {"vocab_size": 264, "n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 256}
+    saved(GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=256, eos_token_id=257)), tmp_path / "m")
     with pytest.raises(Unsupported, match=r"transformer\.h\.0\.attn\.c_attn is a Conv1D.*\[in, out\]"):
         run(tmp_path / "m", tmp_path / "q")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_pipeline import run
 from test_topology import CONFIGS, build
-from tiny_runtime_models import byte_tokenizer, tiny_llama
+from tiny_runtime_models import saved, tiny_llama
 
 from fewbits.algorithms.compose import compose
 from fewbits.algorithms.inject import Inject
@@ -26,8 +26,7 @@ def never(module: str) -> bool:
 def test_the_function_stays_and_the_channels_grow(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     dense = build(CONFIGS[name]).eval()
-    dense.save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
+    saved(dense, tmp_path)
     source = open_source(tmp_path)
     done = Inject(factor=100.0, channels=3).rewrite(source, never)
     models = [load_model(found, device="cpu", dtype=torch.float32).eval() for found in (source, done.source)]
@@ -48,8 +47,7 @@ def test_it_goes_in_front_and_what_follows_takes_it_back(tmp_path: Path) -> None
     for options in ({"factor": 0.0}, {"channels": 0}):
         with pytest.raises(BadInput, match="a factor above 0"):
             compose("inject", options)
-    tiny_llama(intermediate_size=192).save_pretrained(tmp_path / "dense")
-    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    saved(tiny_llama(intermediate_size=192), tmp_path / "dense")
     kl = {}
     for method in ("rtn", "inject", "inject,llm_int8", "inject,smoothquant", "inject,rotate"):
         options = {"inject.factor": 100.0, "inject.channels": 2} if "inject" in method else {}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_pipeline import run, tensors
-from tiny_runtime_models import byte_tokenizer, tiny_llama
+from tiny_runtime_models import saved, tiny_llama
 
 from fewbits.algorithms.input_ranges import InputRange, estimator_called
 from fewbits.algorithms.ranges import RANGES
@@ -118,10 +118,7 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("dense")
-    tiny_llama(intermediate_size=192).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
+    return saved(tiny_llama(intermediate_size=192), tmp_path_factory.mktemp("dense"))
 
 
 @pytest.mark.parametrize(

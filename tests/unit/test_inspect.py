@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runtime_models import byte_tokenizer, quantized_weights, tiny_llama, write_quantized
+from tiny_runtime_models import byte_tokenizer, quantized_weights, saved, tiny_llama, write_quantized
 from torch import nn
 from typer.testing import CliRunner
 
@@ -31,9 +31,7 @@ SCHEMES = ("W8A16", "W8A8", "int4-asym-g32", "NF4", "int2-g32")
 
 
 def save(model: nn.Module, directory: Path) -> Path:
-    model.save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
+    return saved(model, directory)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_pipeline import Stop, run, same, tensors
-from tiny_runtime_models import byte_tokenizer, tiny_llama
+from tiny_runtime_models import saved, tiny_llama
 from torch import Tensor, nn
 
 from fewbits.algorithms.base import Lesson, Pupil
@@ -204,10 +204,7 @@ SOLVER: dict[str, Any] = {"method": "gptq", "samples": 8, "eval_samples": 0}
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("dense")
-    tiny_llama(layers=2).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
+    return saved(tiny_llama(layers=2), tmp_path_factory.mktemp("dense"))
 
 
 @pytest.fixture(scope="module")
@@ -273,8 +270,7 @@ def test_fused_experts_learn(tmp_path: Path) -> None:
         layers=1, model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, tied=False,
         decoder_sparse_step=1, mlp_only_layers=[],
     )  # fmt: skip
-    model.save_pretrained(tmp_path / "moe")
-    byte_tokenizer().save_pretrained(tmp_path / "moe")
+    saved(model, tmp_path / "moe")
     options = {**LEARN, "samples": 32, "method_options": {"iterations": 40, "tokens": 512}}
     solver = run(tmp_path / "moe", tmp_path / "gptq", "int2-asym-g16", **{**SOLVER, "samples": 32})
     found, before = tensors(run(tmp_path / "moe", tmp_path / "q", "int2-asym-g16", **options)), tensors(solver)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_pipeline import run
-from tiny_runtime_models import byte_tokenizer, llama_with_outliers
+from tiny_runtime_models import llama_with_outliers, saved
 
 from fewbits.algorithms.compose import compose
 from fewbits.algorithms.llm_int8 import LLMInt8
@@ -118,10 +118,7 @@ def test_sixteen_bits_are_those_that_hold_the_weight() -> None:
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("dense")
-    llama_with_outliers((3, 40), intermediate_size=192).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
+    return saved(llama_with_outliers((3, 40), intermediate_size=192), tmp_path_factory.mktemp("dense"))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

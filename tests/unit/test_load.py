@@ -11,9 +11,9 @@ import pytest
 import torch
 from tiny_runtime_models import (
     block_linears,
-    byte_tokenizer,
     dense_twin,
     quantized_weights,
+    saved,
     tiny_llama,
     write_quantized,
 )
@@ -37,8 +37,7 @@ def logits(model) -> torch.Tensor:
 def dense_directory(tmp_path):
     model = tiny_llama()
     model.generation_config.temperature, model.generation_config.do_sample = 0.3, True
-    model.save_pretrained(tmp_path / "dense")
-    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    saved(model, tmp_path / "dense")
     return tmp_path / "dense"
 
 
@@ -83,8 +82,7 @@ def test_act_order_is_a_gather_of_the_input(tmp_path) -> None:
     for name, weight in weights.items():
         linears[name].weight.data[:, order[name]] = weight.dequantize()
     assert sqnr_db(logits(original), logits(model)) > 30
-    model.save_pretrained(tmp_path / "again")  # native, version 5
-    byte_tokenizer().save_pretrained(tmp_path / "again")
+    saved(model, tmp_path / "again")  # native, version 5
     assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["version"] == 5
     again, _ = load(tmp_path / "again")
     assert torch.equal(logits(again), logits(model))
@@ -143,8 +141,7 @@ def test_fused_experts_are_decoded(tmp_path, model_type: str) -> None:
     if model_type == "mixtral":
         changes = {"num_local_experts": 4, "num_experts_per_tok": 2}
     original = tiny_llama(model_type=model_type, **changes)
-    original.save_pretrained(tmp_path / "q")
-    byte_tokenizer().save_pretrained(tmp_path / "q")
+    saved(original, tmp_path / "q")
     format, tensors, modules = parse_format("int8-channel"), {}, {}
     dense = load_file(tmp_path / "q" / "model.safetensors")
     from fewbits.checkpoints import native
@@ -294,8 +291,7 @@ def test_fused_experts_in_mxfp4(tmp_path) -> None:
         hidden_size=64,
         intermediate_size=64,
     )
-    model.save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
+    saved(model, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     draw = torch.Generator().manual_seed(0)
     experts = [name for name in tensors if name.endswith("_proj") and tensors[name].dim() == 3]

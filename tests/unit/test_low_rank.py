@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_learned import QUICK, lesson
 from test_pipeline import Stop, run, same, tensors
-from tiny_runtime_models import byte_tokenizer, tiny_llama
+from tiny_runtime_models import saved, tiny_llama
 from torch import Tensor
 
 from fewbits.algorithms.base import Solved, damped_hessian, proxy_loss
@@ -278,10 +278,7 @@ CORRECTED: dict[str, Any] = {"method": "gptq,lowrank", "method_options": {"rank"
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("dense")
-    tiny_llama(layers=2).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
+    return saved(tiny_llama(layers=2), tmp_path_factory.mktemp("dense"))
 
 
 @pytest.fixture(scope="module")
@@ -411,8 +408,7 @@ def test_experts_have_residuals_of_their_own(tmp_path: Path) -> None:
         layers=1, model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, tied=False,
         decoder_sparse_step=1, mlp_only_layers=[],
     )  # fmt: skip
-    model.save_pretrained(tmp_path / "moe")
-    byte_tokenizer().save_pretrained(tmp_path / "moe")
+    saved(model, tmp_path / "moe")
     out = run(tmp_path / "moe", tmp_path / "q", SCHEME, **CORRECTED)
     written = tensors(out)
     assert written["model.layers.0.mlp.experts.3.up_proj.residual_out"].shape == (32, 4)

@@ -18,7 +18,7 @@ import torch
 from peers import contract, environments, page
 from peers.measure import Judge
 from peers.registry import ABSENT, CONTESTANTS, OURS, PEERS, ROWS, Contestant
-from tiny_runtime_models import byte_tokenizer, tiny_llama
+from tiny_runtime_models import saved, tiny_llama
 
 from fewbits.calibration.data import TokenSet
 from fewbits.core.errors import FewbitsError
@@ -209,8 +209,7 @@ def test_an_earlier_record_counts_where_there_is_nothing_newer(tmp_path: Path) -
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
     directory = tmp_path_factory.mktemp("judge")
-    tiny_llama().save_pretrained(directory / "model")
-    byte_tokenizer().save_pretrained(directory / "model")
+    saved(tiny_llama(), directory / "model")
     ids = torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(0))
     tokens = TokenSet.of(ids, {})
     return Judge(directory / "model", {"built-in": tokens}, "cpu", directory)

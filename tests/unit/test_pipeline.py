@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_runtime_models import byte_tokenizer, tiny_llama
+from tiny_runtime_models import byte_tokenizer, saved, tiny_llama
 
 from fewbits.calibration.data import pack, read_texts
 from fewbits.core.errors import BadInput, FewbitsError
@@ -25,10 +25,7 @@ SMALL: dict[str, Any] = {"samples": 4, "sequence_length": 64, "eval_samples": 2}
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("dense")
-    tiny_llama(layers=3).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
+    return saved(tiny_llama(layers=3), tmp_path_factory.mktemp("dense"))
 
 
 def run(model: Path, out: Path, scheme: str = "int4-asym-g32", **options: Any) -> Path:
@@ -252,8 +249,7 @@ def test_experts_are_quantized_too(tmp_path: Path) -> None:
         model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, tied=False,
         decoder_sparse_step=1, mlp_only_layers=[],
     )  # fmt: skip
-    model.save_pretrained(tmp_path / "moe")
-    byte_tokenizer().save_pretrained(tmp_path / "moe")
+    saved(model, tmp_path / "moe")
     out = run(tmp_path / "moe", tmp_path / "q")
     certificate = json.loads((out / "certificate.json").read_text())
     experts = [layer for layer in certificate["layers"] if ".experts." in layer["name"]]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runtime_models import byte_tokenizer, tiny_llama
+from tiny_runtime_models import saved, tiny_llama
 
 from fewbits.checkpoints import compressed_tensors
 from fewbits.checkpoints.source import open_source
@@ -32,10 +32,7 @@ SMALL: dict[str, Any] = {"group_size": 32, "samples": 8, "sequence_length": 64}
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("dense")
-    tiny_llama(layers=3).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
+    return saved(tiny_llama(layers=3), tmp_path_factory.mktemp("dense"))
 
 
 @pytest.fixture(scope="module")
@@ -354,8 +351,7 @@ def test_fused_experts_are_one_group(tmp_path: Path) -> None:
         layers=2, model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
         decoder_sparse_step=1, mlp_only_layers=[],
     )  # fmt: skip
-    model.save_pretrained(tmp_path / "m")
-    byte_tokenizer().save_pretrained(tmp_path / "m")
+    saved(model, tmp_path / "m")
     found = plan(tmp_path / "m", 5.0, method="rtn", measurements=tmp_path / "x.json", **SMALL)
     experts = [group for group in found.raw["groups"] if "down_proj" in group["kinds"]]
     assert [group["name"] for group in experts] == [

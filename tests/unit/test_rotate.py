@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from test_pipeline import WITHOUT_FEWBITS, run, same, tensors
 from test_topology import CONFIGS, UNKNOWN, build
-from tiny_runtime_models import byte_tokenizer, tiny_llama
+from tiny_runtime_models import byte_tokenizer, saved, tiny_llama
 
 from fewbits.algorithms.rotate import Rotate
 from fewbits.checkpoints.source import open_source
@@ -49,8 +49,7 @@ def family(tmp_path_factory: pytest.TempPathFactory):
                     if parameter.dim() == 1 and "bias" not in key:
                         parameter.uniform_(0.5, 1.5)
             directory = tmp_path_factory.mktemp(name)
-            model.save_pretrained(directory)
-            byte_tokenizer().save_pretrained(directory)
+            saved(model, directory)
             made[name] = directory, model
         return made[name]
 
@@ -143,8 +142,7 @@ def test_norms_that_subtract_a_mean_are_refused(family, monkeypatch: pytest.Monk
 def test_blocks_where_no_hadamard_matrix_is_known(tmp_path: Path) -> None:
     """28 hidden units have one; an MLP of 54 is transformed in blocks of 2; heads of 14 take a random matrix."""
     model = tiny_llama(layers=1, hidden_size=28, intermediate_size=54, head_dim=14, num_attention_heads=2)
-    model.save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
+    saved(model, tmp_path)
     done = Rotate(online=True).rewrite(open_source(tmp_path), never)
     assert set(done.input_hadamard.values()) == {(2,)}
     assert any("in blocks of 2" in note for note in done.notes)
@@ -157,10 +155,7 @@ def test_blocks_where_no_hadamard_matrix_is_known(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("dense")
-    tiny_llama(layers=3, intermediate_size=192).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
+    return saved(tiny_llama(layers=3, intermediate_size=192), tmp_path_factory.mktemp("dense"))
 
 
 @pytest.fixture(scope="module")
@@ -318,8 +313,7 @@ def test_experts(family, tmp_path: Path) -> None:
             num_experts_per_tok=2,
         )  # fmt: skip
         directory = tmp_path / name
-        model.save_pretrained(directory)
-        byte_tokenizer().save_pretrained(directory)
+        saved(model, directory)
         out = run(directory, tmp_path / f"{name}-q", "int8-asym-g8", method="rotate,gptq", checkpoint_format="native")
         stated = json.loads((out / "certificate.json").read_text())["evaluations"][0]
         length = stated["text"]["sequence_length"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_awq import first_block
 from test_pipeline import run as quantized
-from tiny_runtime_models import byte_tokenizer, llama_with_outliers
+from tiny_runtime_models import llama_with_outliers, saved
 
 from fewbits.algorithms.channels import RoundedLoss, scalables
 from fewbits.algorithms.compose import compose
@@ -121,8 +121,7 @@ def test_options_are_checked() -> None:
 
 
 def test_outliers_are_what_it_is_for(tmp_path: Path) -> None:
-    llama_with_outliers((3, 40), intermediate_size=192).save_pretrained(tmp_path / "dense")
-    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    saved(llama_with_outliers((3, 40), intermediate_size=192), tmp_path / "dense")
     kl = {}
     for method in ("rtn", "smoothquant", "smoothquant,gptq"):
         out = quantized(tmp_path / "dense", tmp_path / method, "W8A8", method=method)

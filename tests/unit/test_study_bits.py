@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_runtime_models import block_linears, byte_tokenizer, saved, tiny_llama
 from typer.testing import CliRunner
 
 from fewbits.cli.main import app
@@ -19,7 +20,6 @@ from fewbits.evaluation.studies.bits_analysis import as_trained, best_bits, equa
 from fewbits.evaluation.studies.bits_grid import BITS, TYPES, grid_of
 from fewbits.formats import parse_format
 from fewbits.report.study_bits import page
-from tests.tiny_runtime_models import block_linears, byte_tokenizer, tiny_llama
 
 SMALL: dict[str, Any] = {"samples": 3, "sequence_length": 24, "block_sizes": ("32", "channel"), "bits": (2, 4, 8)}
 
@@ -202,9 +202,7 @@ def test_the_grid() -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    directory = tmp_path / "model"
-    tiny_llama(layers=3).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
+    directory = saved(tiny_llama(layers=3), tmp_path / "model")
     out = tmp_path / "out"
     options = ["--samples", "2", "--sequence-length", "24", "--bits", "3-4,8", "--block-sizes", "32", "--depths", "3,2"]
     done = CliRunner().invoke(app, ["study", "bits", str(directory), *options, "-o", str(out), "--json"])

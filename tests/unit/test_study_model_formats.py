@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runtime_models import byte_tokenizer, tiny_llama
+from tiny_runtime_models import saved, tiny_llama
 from typer.testing import CliRunner
 
 from fewbits.cli.main import app
@@ -110,9 +110,7 @@ def test_nothing_but_zeros_is_left_out_and_what_is_exact_is_finite() -> None:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of one block on disk."""
     directory = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_llama(layers=1).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
+    return saved(tiny_llama(layers=1), directory)
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +146,7 @@ def test_every_linear_and_every_shared_input_is_measured_once(tiny: Path) -> Non
 
 
 def test_experts_are_measured_and_their_rows_are_no_tokens_in_order(tmp_path: Path) -> None:
-    tiny_llama(model_type="mixtral", num_local_experts=4, layers=1).save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
+    saved(tiny_llama(model_type="mixtral", num_local_experts=4, layers=1), tmp_path)
     network = operands.of_model(str(tmp_path), samples=2, sequence_length=32)
     assert len(network.weights) == 4 + 3 * 4
     down = next(activation for activation in network.activations if activation.kind == "down_proj")
@@ -161,8 +158,7 @@ def test_an_encoder_in_a_directory_is_taken(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    BertModel(BertConfig(vocab_size=264, max_position_embeddings=64, **sizes)).save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
+    saved(BertModel(BertConfig(vocab_size=264, max_position_embeddings=64, **sizes)), tmp_path)
     network = operands.of_model(str(tmp_path), samples=2, sequence_length=32)
     assert network.about.startswith("encoder bert") and len(network.weights) == 6
     kinds = [activation.kind for activation in network.activations]
@@ -179,8 +175,7 @@ def test_values_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
     model = tiny_llama(layers=1)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3, 3] = float("nan")
-    model.save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
+    saved(model, tmp_path)
     with pytest.raises(FewbitsError, match=r"layers\.0\.mlp\.\w+: it has NaN"):
         model_formats.study(str(tmp_path), samples=1, sequence_length=32)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runtime_models import byte_tokenizer, llama_with_outliers, tiny_llama
+from tiny_runtime_models import byte_tokenizer, llama_with_outliers, saved, tiny_llama
 from typer.testing import CliRunner
 
 from fewbits.cli.main import app
@@ -106,8 +106,7 @@ def test_hooks_change_what_they_say_and_leave_nothing_behind() -> None:
 
 def test_command_writes_record_page_and_figures(tmp_path: Path) -> None:
     model = needed(FEATURES)
-    model.save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
+    saved(model, tmp_path / "model")
     options = ["--samples", "2", "--sequence-length", "32", "--json", "-o", str(tmp_path / "out")]
     (tmp_path / "text.txt").write_text("What is seen here, is seen there.\n" * 20)
     done = CliRunner().invoke(

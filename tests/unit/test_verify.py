@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_runtime_models import byte_tokenizer, quantized_weights, tiny_llama, write_quantized
+from tiny_runtime_models import quantized_weights, saved, tiny_llama, write_quantized
 from typer.testing import CliRunner
 
 from fewbits import quantize
@@ -26,9 +26,7 @@ EXPERTS = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2
 
 
 def dense(directory: Path, **changes: Any) -> Path:
-    tiny_llama(**changes).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
+    return saved(tiny_llama(**changes), directory)
 
 
 def packed(directory: Path, scheme: str = "W4A16", kind: str = "auto", **changes: Any) -> tuple[Path, Path]:

@@ -9,17 +9,14 @@ from typing import Any
 import pytest
 import torch
 from test_pipeline import run
-from tiny_runtime_models import byte_tokenizer, llama_with_outliers
+from tiny_runtime_models import llama_with_outliers, saved
 
 from fewbits.evaluation import evaluate
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("dense")
-    llama_with_outliers((3, 40), intermediate_size=192).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
+    return saved(llama_with_outliers((3, 40), intermediate_size=192), tmp_path_factory.mktemp("dense"))
 
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
