@@ -72,7 +72,7 @@ def verdicts(record: dict[str, Any]) -> dict[str, str]:
 
 def page(record: dict[str, Any]) -> str:
     """Everything between the page's markers."""
-    parts = [_summary(record), "![Bits against KL](images/peers.svg)"]
+    parts = [_summary(record), "![Bits against KL](images/peers.svg)", _own_methods(record)]
     for row in record["rows"]:
         parts += [f"### {row['name']}", _verdict_text(record, row), _results(record, row), _missing(record, row)]
     parts += ["### Peers", _peers(record), "### Settings", _settings(record), _source(record)]
@@ -98,6 +98,14 @@ def _summary(record: dict[str, Any]) -> str:
         rows.append([row["name"], *theirs, found.ours["label"], bits, _figure(found.ours), f"{found.ratio:.2f}"])
     head = ["row", "best peer", "bits", "KL", "best of ours at no more bits", "bits", "KL", "ours / theirs"]
     return _table(head, rows, left=2)
+
+
+def _own_methods(record: dict[str, Any]) -> str:
+    """Our methods on one grid, row by row: what each adds to the one before it."""
+    labels = ("RTN asym", "GPTQ asym", "GPTAQ asym")
+    found = {(each["row"], each["label"]): _figure(each) for each in measured(record) if each["peer"] == OURS}
+    rows = [[row["name"], *(found.get((row["name"], label), "-") for label in labels)] for row in record["rows"]]
+    return "KL of our own methods on the same asymmetric integers:\n\n" + _table(["row", "RTN", "GPTQ", "GPTAQ"], rows)
 
 
 def _figure(result: dict[str, Any], text: str = TEXT) -> str:

@@ -254,6 +254,7 @@ def test_the_page_names_errors_and_reasons(record: dict[str, Any]) -> None:
     assert "HQQ g64 axis 1: not installed: no such wheel" in text
     assert "| HQQ | - | no | no such wheel | - |" in text
     assert "HQQ: has no three bits" in text
+    assert "| W4 g64 | - | 0.0500 ± 0.0025 | - |" in text
     assert "**fewbits GPTQ asym**" in text and "5.500 (over)" in text
     assert "| W4 g64 | AutoRound sym | 4.250 | 0.1000 ± 0.0050 | GPTQ sym | 4.250 | 0.0800 ± 0.0040 | 0.80 |" in text
 
