@@ -1,35 +1,52 @@
-"""Sweeps the Triton kernels (8-bit products, rounding of tokens, decode attention) on one GPU, correctness first.
+"""8-bit products, rounding of tokens and decode attention on a GPU: how right, and how fast.
 
-python benchmarks/bench_gpu_w8a8_kv.py [correct] [product] [fp8] [tokens] [kv]     about two minutes
+    python benchmarks/bench_gpu_w8a8_kv.py [--parts product shapes tokens kv] [--output FILE]      about a minute
+
+Times are medians of CUDA-graph replays over buffers that together exceed the L2, on random data. Where several
+divisions of the work are tried, the record keeps each; "default" is what the package takes by itself. The record goes
+to benchmarks/results, or to FILE.
 """
 
-# ruff: noqa: B023 (what loops define is used before they go on)
+# ruff: noqa: B023 (a function made in a loop is used before the loop goes on)
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import recorded
 import torch
+from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fewbits.formats import parse_format
-from fewbits.formats.kv import parse_kv
+from fewbits.core.record import environment, write_json
 from fewbits.kernels import triton_attention as attention
 from fewbits.kernels import triton_product as product
 from fewbits.kernels import triton_quantize as quantize
-from fewbits.kernels.kv_tiles import TILE, KVTiles
+from fewbits.kernels.kv_tiles import KVTiles
 from fewbits.kernels.triton_product import Tiles
+from fewbits.metrics.error import sqnr_db
 
 GPU = torch.device("cuda")
-Call = Callable[[], object]
 INT8_RANGE = torch.int8, 127.5, -128.0, 127.0
+FP8_RANGE = torch.float8_e4m3fn, 448.0, -448.0, 448.0
+SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate+up": (28672, 4096), "down": (4096, 14336)}  # 8B, [N, K]
+HEADS, QUERIES, WIDTH = 8, 32, 128
+TILES = [
+    Tiles(m=256, n=128, k=128, warps=8, stages=3, parts=2),
+    Tiles(m=256, n=128, k=128, warps=8, stages=3, parts=1),
+    Tiles(m=256, n=128, k=128, warps=8, stages=4, parts=2),
+    Tiles(m=256, n=128, k=128, warps=8, stages=4, parts=2, flat=False),
+    Tiles(m=128, n=256, k=128, warps=8, stages=3, parts=1),
+]
 
 
-def micros(calls: list[Call], budget_ms: float = 60.0) -> float:
-    """Median microseconds of a call: CUDA-graph replays over `calls`, each with buffers of its own."""
+def micros(calls: list[Callable[[], object]], budget_ms: float = 60.0) -> float:
+    """Median microseconds of a call; each of `calls` has buffers of its own."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:
@@ -41,7 +58,7 @@ def micros(calls: list[Call], budget_ms: float = 60.0) -> float:
             call()
 
     def replay() -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         end.record()
@@ -49,329 +66,255 @@ def micros(calls: list[Call], budget_ms: float = 60.0) -> float:
         return start.elapsed_time(end)
 
     first = max(replay(), replay())
-    times = sorted(replay() for _ in range(max(5, min(100, int(budget_ms / max(first, 1e-3))))))
-    return times[len(times) // 2] * 1e3 / len(calls)
+    times = sorted(replay() for _ in range(max(7, min(100, int(budget_ms / first)))))
+    return round(times[len(times) // 2] * 1e3 / len(calls), 2)
 
 
-def attempt(name: str, calls: Callable[[], list[Call]]) -> float:
+def attempt(calls: list[Callable[[], object]]) -> float | None:
+    """`micros`, or None where the library or the compiler refuses."""
     try:
-        return micros(calls())
-    except Exception as error:
-        print(f"    {name}: {type(error).__name__} {str(error).splitlines()[0][:110]}")
-        torch.cuda.synchronize()
-        return float("nan")
+        return micros(calls)
+    except RuntimeError as error:
+        print("   ", type(error).__name__, str(error).splitlines()[0][:100])
+        return None
 
 
-def error(y: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((y.double() - expected.double()).norm() / expected.double().norm())
+def over(sets: list[Any], call: Callable[[Any], object]) -> list[Callable[[], object]]:
+    return [lambda s=s: call(s) for s in sets]
 
 
-def ceilings() -> None:
-    big = [torch.randn(1 << 28, device=GPU, dtype=torch.bfloat16) for _ in range(3)]
-    us = micros([lambda b=b: torch.sum(b.view(torch.int32), dtype=torch.int64) for b in big])
-    copy = micros([lambda: big[0].copy_(big[1]), lambda: big[1].copy_(big[2])])
-    print(f"read (torch.sum) {2**29 / us / 1e6:.2f} TB/s, copy {2**30 / copy / 1e6:.2f} TB/s")
+def best(rows: dict[str, float | None]) -> float:
+    return min(us for us in rows.values() if us is not None)
 
 
-def int8_pair(m: int, n: int, k: int, dtype: torch.dtype = torch.int8) -> tuple[torch.Tensor, ...]:
-    """Gaussian data rounded with a scale a row, as models give it."""
-    if dtype == torch.int8:
-        sides = [(torch.randn(r, k, device=GPU) * 30).round().clamp(-127, 127).to(dtype) for r in (m, n)]
-    else:
-        sides = [(torch.randn(r, k, device=GPU) * 100).clamp(-448, 448).to(dtype) for r in (m, n)]
-    return *sides, torch.rand(m, device=GPU) * 0.01, torch.rand(n, device=GPU) * 0.01
+def ceilings() -> dict[str, float]:
+    big = [torch.randn(1 << 27, device=GPU) for _ in range(4)]
+    read, mixed = micros(over(big, torch.sum)), micros(over([0, 2], lambda i: torch.add(big[i], 1, out=big[i + 1])))
+    a = [torch.randn(8192, 8192, device=GPU, dtype=torch.bfloat16) for _ in range(3)]
+    matmul = micros(over([0, 1], lambda i: a[i] @ a[i + 1].t()))
+    found = {
+        "read_tb_per_s": round(2**29 / read / 1e6, 3),
+        "read_and_write_tb_per_s": round(2**30 / mixed / 1e6, 3),
+        "bf16_8192_tflop_per_s": round(2 * 8192**3 / matmul / 1e6, 1),
+    }
+    print(found)
+    return found
 
 
-def correct() -> None:
-    torch.manual_seed(int(time.time()))
-    form = parse_format("int8-token")
-    for m, n, k in [(1, 33, 100), (17, 64, 576), (130, 1000, 4096), (257, 264, 14336), (70, 8, 32)]:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            x = torch.randn(m, k, device=GPU).to(dtype)
-            x[0] *= 30
-            scale, _ = form.params(x.float())
-            codes = form.encode(x.float(), scale, None).short() - 128
-            q, s, _ = quantize.quantize_tokens(x, torch.int8, 127.5, -128.0, 127.0)
-            same = float((q[:, :k].short() == codes).double().mean()), float((s == scale[:, 0]).double().mean())
-            w = torch.randint(-128, 128, (q.shape[1], n), device=GPU).t().contiguous().to(torch.int8)
-            ws = torch.rand(n, device=GPU)
-            y = product.scaled_product(q, w, s, ws, torch.float32)
-            exact = (q.double() @ w.double().t()).float() * s[:, None] * ws
-            ax, aw = torch.randn(m, 16, device=GPU).bfloat16(), torch.randn(n, 16, device=GPU).bfloat16()
-            z = product.scaled_product(q, w, s, ws, torch.float32, ax, aw)
-            ok = torch.equal(y, exact)
-            bad = min(same) < 1 or not ok or error(z, exact.double() + ax.double() @ aw.double().t()) > 1e-6
-            if bad:
-                after = error(z, exact.double() + ax.double() @ aw.double().t())
-                print(f"    {m, n, k} {dtype}: codes, scales {same}, product {error(y, exact):.1e}, apart {after:.1e}")
-            f, fs, _ = quantize.quantize_tokens(x, torch.float8_e4m3fn, 448.0, -448.0, 448.0)
-            wf = torch.randn(n, f.shape[1], device=GPU).to(torch.float8_e4m3fn)
-            y = product.scaled_product(f, wf, fs, ws, torch.float32)
-            expected = (f.double() @ wf.double().t()) * fs[:, None] * ws
-            want = (x.float() / fs[:, None]).to(torch.float8_e4m3fn)
-            if error(y, expected) > 2e-3 or not torch.equal(want.float(), f[:, :k].float()):
-                print(f"    fp8 {m, n, k} {dtype}: {error(y, expected):.1e}, codes {error(f[:, :k], want):.1e}")
-    x, weight = torch.randn(9, 4096, device=GPU).bfloat16(), torch.rand(4096, device=GPU).bfloat16()
-    normed = weight * (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
-    q, s, _ = quantize.quantize_tokens(x, torch.int8, 127.5, -128.0, 127.0, "rms_norm", weight, 1e-5)
-    q2, s2, _ = quantize.quantize_tokens(normed, torch.int8, 127.5, -128.0, 127.0)
-    print("rms_norm: codes equal", float((q == q2).double().mean()), "scales", float((s == s2).double().mean()))
-    q, s, _ = quantize.quantize_tokens(x, torch.int8, 127.5, -128.0, 127.0, "silu")
-    q2, s2, _ = quantize.quantize_tokens(functional.silu(x[:, :2048]) * x[:, 2048:], torch.int8, 127.5, -128.0, 127.0)
-    print("silu: codes equal", float((q == q2).double().mean()), "scales", float((s == s2).double().mean()))
-    worst = {}
-    for bits in (4, 8):
-        for group, d, ratio, length in [(128, 128, 4, 1000), (32, 128, 4, 4097), (64, 64, 3, 130), (32, 128, 8, 77)]:
-            b, heads = 2, 2
-            k = torch.randn(b, heads, length, d, device=GPU) * torch.rand(d, device=GPU) * 3
-            v = torch.randn(b, heads, length, d, device=GPU) + 0.5
-            kv = filled(k, v, bits, group)
-            lengths = torch.tensor([length, length // 2 + 1], dtype=torch.int32, device=GPU)
-            q = torch.randn(b, heads * ratio, d, device=GPU).bfloat16()
-            y = attention.decode_attention(q, kv.keys, kv.key_params, kv.values, kv.value_params, lengths, d**-0.5)
-            expected = plain(q, kv.dequantize("keys", length), kv.dequantize("values", length), lengths)
-            worst[bits, group, d, ratio, length] = round(error(y, expected), 5)
-    print("attention against float64, output bf16 (0.002 is its rounding):", worst)
-    ops = torch.library.opcheck
-    x, w, s, ws = int8_pair(40, 48, 64)
-    ops(torch.ops.fewbits.scaled_product.default, (x, w, s, ws, torch.bfloat16))
-    ops(torch.ops.fewbits.quantize_tokens.default, (torch.randn(5, 100, device=GPU), torch.int8, 127.5, -128.0, 127.0))
-    ops(
-        torch.ops.fewbits.decode_attention.default,
-        (q, kv.keys, kv.key_params, kv.values, kv.value_params, lengths, 0.1),
-    )
-    print("opcheck passes")
+def operands(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gaussian rows rounded as absmax scales round them, and scales."""
+    top = 30 if dtype == torch.int8 else 100
+    sides = [torch.randn(rows, k, device=GPU) * top for rows in (m, n)]
+    sides = [side.round().clamp(-127, 127) if dtype == torch.int8 else side.clamp(-448, 448) for side in sides]
+    x, w = (side.to(dtype) for side in sides)
+    return x, w, torch.rand(m, device=GPU) * 0.01, torch.rand(n, device=GPU) * 0.01
 
 
-def filled(k: torch.Tensor, v: torch.Tensor, bits: int, group: int) -> KVTiles:
-    b, heads, length, d = k.shape
-    form = parse_kv(f"int{bits}-g{group}").format(d)
-    kv = KVTiles.empty(b, heads, length, d, bits, group, k.device)
-    for side, x in (("keys", k), ("values", v)):
-        z = form.quantize(x.reshape(-1, d))
-        kv.put(side, *(t.reshape(b, heads, length, -1) for t in (z.codes, z.scale, z.zero)))
-    return kv
+def scaled_mm(s: tuple[Tensor, ...], fast: bool) -> Tensor:
+    x, w, x_scale, w_scale = s
+    return torch._scaled_mm(
+        x, w.t(), x_scale[:, None], w_scale[None, :], out_dtype=torch.bfloat16, use_fast_accum=fast
+    )  # fmt: skip
 
 
-def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    ratio, out = q.shape[1] // k.shape[1], []
-    for b, length in enumerate(lengths.tolist()):
-        keys, values = (t[b, :, :length].double().repeat_interleave(ratio, 0) for t in (k, v))
-        p = torch.softmax(torch.einsum("hd,hnd->hn", q[b].double(), keys) * q.shape[2] ** -0.5, -1)
-        out.append(torch.einsum("hn,hnd->hd", p, values))
-    return torch.stack(out)
+def own(s: tuple[Tensor, ...], tiles: Tiles | None = None) -> Tensor:
+    return product.launch(*s, torch.bfloat16, tiles=tiles)
 
 
-INT8 = [
-    Tiles(m=128, n=256, k=128, warps=8, stages=3, parts=2),
-    Tiles(m=128, n=256, k=128, warps=8, stages=4, parts=2),
-    Tiles(m=128, n=256, k=128, warps=8, stages=3, parts=1),
-    Tiles(m=128, n=256, k=128, warps=8, stages=4, parts=2, flat=False),
-    Tiles(m=128, n=256, k=128, warps=8, stages=3, parts=2, group=16),
-    Tiles(m=256, n=128, k=128, warps=8, stages=3, parts=2),
-    Tiles(m=128, n=128, k=128, warps=4, stages=3, per_sm=2, parts=1),
-    Tiles(m=128, n=256, k=64, warps=8, stages=6, parts=2),
-    Tiles(m=128, n=256, k=256, warps=8, stages=2, parts=2),
-]
-SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate+up": (28672, 4096), "down": (4096, 14336)}
+def products() -> dict[str, Any]:
+    """INT8 8192^3, alone and as LLM.int8() with 7 outlier columns."""
+    size, columns = 8192, 7
+    sets = [operands(size, size, size, torch.int8) for _ in range(3)]
+    rows: dict[str, float | None] = {"default": attempt(over(sets, own))}
+    rows |= {str(tiles): attempt(over(sets, lambda s: own(s, tiles))) for tiles in TILES}
+    torchs = micros(over(sets, lambda s: torch._int_mm(s[0], s[1].t())))
+    exact = (sets[0][0][:256].double() @ sets[0][1].double().t()).float() * sets[0][2][:256, None] * sets[0][3]
+    equal = torch.equal(product.launch(*sets[0], torch.float32)[:256], exact)
 
-
-def products() -> None:
-    size = 8192
-    tera = 2 * size**3 / 1e6
-    a = [torch.randn(size, size, device=GPU, dtype=torch.bfloat16) for _ in range(4)]
-    us = micros([lambda i=i: a[i] @ a[i + 1].t() for i in range(3)])
-    print(f"8192^3 cuBLAS bf16 {tera / us:.0f} TFLOP/s")
-    a.clear()
-    sets = [int8_pair(size, size, size) for _ in range(3)]
-    us = attempt("_int_mm", lambda: [lambda s=s: torch._int_mm(s[0], s[1].t()) for s in sets])
-    print(f"8192^3 torch._int_mm {tera / us:.0f} TOP/s")
-    best = (0.0, INT8[0])
-    for tiles in INT8:
-        name = str(tiles).removeprefix("Tiles")
-        us = attempt(name, lambda t=tiles: [lambda s=s: product.launch(*s, torch.bfloat16, tiles=t) for s in sets])
-        print(f"8192^3 int8 {name} {tera / us:.0f} TOP/s")
-        best = max(best, (tera / us, tiles), key=lambda found: found[0] if found[0] == found[0] else 0)
-    tiles = best[1]
     x = [torch.randn(size, size, device=GPU).bfloat16() for _ in range(3)]
-    apart_w = torch.randn(size, 16, device=GPU).bfloat16()
-    columns = torch.arange(7, device=GPU, dtype=torch.int32) * 1111
-    mask = torch.zeros(size, dtype=torch.int8, device=GPU)
-    mask[columns.long()] = 1
-    top = (torch.int8, 127.5, -128.0, 127.0)
+    chosen = (torch.arange(columns, device=GPU) * 1111).int()
+    mask = torch.zeros(size, dtype=torch.int8, device=GPU).index_fill_(0, chosen.long(), 1)
+    weights = torch.randn(size, 16, device=GPU).bfloat16()
 
-    def whole(i: int, outliers: bool) -> None:
-        more = ("none", None, 0.0, mask, columns, 16) if outliers else ()
-        q, s, apart = quantize.quantize_tokens(x[i], *top, *more)
-        sides = (apart, apart_w) if outliers else (None, None)
-        product.launch(q, sets[i][1], s, sets[i][3], torch.bfloat16, *sides, tiles=tiles)
+    def w8a8(i: int) -> Tensor:
+        q, scale, _ = quantize.launch(x[i], *INT8_RANGE)
+        return own((q, sets[i][1], scale, sets[i][3]))
 
-    alone = micros([lambda i=i: quantize.quantize_tokens(x[i], *top) for i in range(3)])
-    without = attempt("w8a8", lambda: [lambda i=i: whole(i, False) for i in range(3)])
-    apart = attempt("llm.int8", lambda: [lambda i=i: whole(i, True) for i in range(3)])
-    print(
-        f"8192^3 with rounding of x: W8A8 {without:.0f} us ({tera / without:.0f} TOP/s), LLM.int8() {apart:.0f} us "
-        f"= {apart / without:.3f} x; rounding alone {alone:.1f} us = {3 * size**2 / alone / 1e6:.2f} TB/s"
-    )
+    def llm_int8(i: int) -> Tensor:
+        q, scale, apart = quantize.launch(x[i], *INT8_RANGE, mask=mask, outliers=chosen, r=16)
+        return product.launch(q, sets[i][1], scale, sets[i][3], torch.bfloat16, apart, weights)
+
+    whole, outliers = micros(over([0, 1, 2], w8a8)), micros(over([0, 1, 2], llm_int8))
+    tops = {name: us and round(2 * size**3 / us / 1e6) for name, us in rows.items()}
+    found = {
+        "us": rows,
+        "top_per_s": tops,
+        "sums_exact": equal,
+        "torch_int_mm_without_scales": {"us": torchs, "top_per_s": round(2 * size**3 / torchs / 1e6)},
+        "w8a8_with_rounding_us": whole,
+        "llm_int8_7_columns_us": outliers,
+        "llm_int8_over_w8a8": round(outliers / whole, 3),
+    }
+    print("INT8 8192^3, TOP/s:", tops, "torch._int_mm", found["torch_int_mm_without_scales"], "exact", equal)
+    print(f"  with rounding {whole} us, LLM.int8() {outliers} us, {outliers / whole:.3f} x")
+    return found
 
 
-def fp8() -> None:
-    m = 4096
-    some = [
-        Tiles(m=128, n=256, k=128, warps=8, stages=3, parts=2),
-        Tiles(m=128, n=256, k=128, warps=8, stages=4, parts=2, flat=False),
-        Tiles(m=256, n=128, k=128, warps=8, stages=3, parts=2),
-        Tiles(m=128, n=128, k=128, warps=4, stages=3, per_sm=2),
-    ]
-    print("M = 4096, us: bf16 | _scaled_mm fast, exact | ours fp8 | ours int8 | rounding | bf16 / (fp8 + rounding)")
+def shapes() -> dict[str, Any]:
+    """The linear layers of an 8B model, M = 4096, against cuBLAS bf16; E4M3 and INT8 with the rounding of x."""
+    found: dict[str, Any] = {}
     for name, (n, k) in SHAPES.items():
-        x = [torch.randn(m, k, device=GPU).bfloat16() for _ in range(2)]
+        x = [torch.randn(4096, k, device=GPU).bfloat16() for _ in range(2)]
         w = [torch.randn(n, k, device=GPU).bfloat16() for _ in range(2)]
-        bf16 = micros([lambda i=i: functional.linear(x[i], w[i]) for i in range(2)])
-        w.clear()
-        sets = [int8_pair(m, n, k, torch.float8_e4m3fn) for _ in range(2)]
-        fast, slow = (
-            attempt("_scaled_mm", lambda f=f: [
-                lambda s=s: torch._scaled_mm(
-                    s[0], s[1].t(), s[2][:, None], s[3][None, :], out_dtype=torch.bfloat16, use_fast_accum=f
-                ) for s in sets
-            ]) for f in (True, False)
-        )  # fmt: skip
-        ours = [
-            attempt("fp8", lambda t=t: [lambda s=s: product.launch(*s, torch.bfloat16, tiles=t) for s in sets])
-            for t in some
-        ]
-        sets = [int8_pair(m, n, k) for _ in range(2)]
-        int8 = [
-            attempt("int8", lambda t=t: [lambda s=s: product.launch(*s, torch.bfloat16, tiles=t) for s in sets])
-            for t in some
-        ]
-        rounding = micros([
-            lambda i=i: quantize.quantize_tokens(x[i], torch.float8_e4m3fn, 448.0, -448.0, 448.0) for i in range(2)
-        ])  # fmt: skip
-        best = min(t for t in [fast, *ours] if t == t)
-        print(
-            f"{name:8} {bf16:.0f} | {fast:.0f} {slow:.0f} | {' '.join(f'{t:.0f}' for t in ours)} | "
-            f"{' '.join(f'{t:.0f}' for t in int8)} | {rounding:.1f} | {bf16 / (best + rounding):.2f}"
-        )
-        if name == "qkv":
-            s = int8_pair(256, n, k, torch.float8_e4m3fn)
-            exact = (s[0].double() @ s[1].double().t()) * s[2][:, None] * s[3]
-            found = [
-                torch._scaled_mm(
-                    s[0], s[1].t(), s[2][:, None], s[3][None, :], out_dtype=torch.bfloat16, use_fast_accum=f
-                )
-                for f in (True, False)
-            ]
-            mine = product.launch(*s, torch.bfloat16)
-            print("  error: fast, exact sums, ours", [f"{error(y, exact):.5f}" for y in (*found, mine)])
+        bf16 = micros(over([0, 1], lambda i: functional.linear(x[i], w[i])))
+        rows: dict[str, float | None] = {}
+        for kind, dtype in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8)):
+            sets = [operands(4096, n, k, dtype) for _ in range(2)]
+            if kind == "fp8":
+                rows["fp8 _scaled_mm"] = attempt(over(sets, lambda s: scaled_mm(s, True)))
+                rows["fp8 _scaled_mm, exact sums"] = attempt(over(sets, lambda s: scaled_mm(s, False)))
+            rows[f"{kind} default"] = attempt(over(sets, own))
+        rounding = micros(over(x, lambda x: quantize.launch(x, *FP8_RANGE)))
+        fp8 = best({kind: us for kind, us in rows.items() if "exact" not in kind and "fp8" in kind})
+        int8 = rows["int8 default"]
+        found[name] = {"bf16_us": bf16, "us": rows, "rounding_us": rounding}
+        found[name]["fp8_over_bf16_with_rounding"] = round(bf16 / (fp8 + rounding), 2)
+        found[name]["int8_over_bf16_with_rounding"] = int8 and round(bf16 / (int8 + rounding), 2)
+        print(name, found[name])
+    x, w, x_scale, w_scale = operands(512, 4096, 4096, torch.float8_e4m3fn)
+    exact = (x.double() @ w.double().t()) * x_scale[:, None] * w_scale
+    s = x, w, x_scale, w_scale
+    found["fp8_sqnr_db"] = {
+        "_scaled_mm": round(sqnr_db(exact, scaled_mm(s, True)), 1),
+        "_scaled_mm, exact sums": round(sqnr_db(exact, scaled_mm(s, False)), 1),
+        "own, float32 out": round(sqnr_db(exact, product.launch(*s, torch.float32)), 1),
+    }
+    few = {}
+    for m in (1, 16, 64, 256):
+        sets = [operands(m, *SHAPES["gate+up"], torch.int8) for _ in range(3)]
+        few[m] = {"int8 default": attempt(over(sets, own))}
+        if m > 16:
+            few[m]["torch._int_mm"] = attempt(over(sets, lambda s: torch._int_mm(s[0], s[1].t())))
+    found["gate+up_few_tokens_us"] = few
+    print(found["fp8_sqnr_db"], few)
+    return found
 
 
-def tokens() -> None:
-    print("rounding of tokens, microseconds by warps (TB/s of the best); M = 4096")
+def tokens() -> dict[str, Any]:
+    """Rounding of 4096 tokens to INT8, alone and with what comes before it."""
+    weight = torch.rand(14336, device=GPU).bfloat16()
+    found: dict[str, Any] = {}
     for k in (4096, 14336):
         x = [torch.randn(4096, k, device=GPU).bfloat16() for _ in range(3)]
-        row = {
-            warps: attempt("tokens", lambda w=warps: [
-                lambda i=i: quantize._launch(x[i], *INT8_RANGE, "none", None, 0.0, None, None, 0, w)
-                for i in range(3)
-            ]) for warps in (4, 8, 16)
-        }  # fmt: skip
-        best = min(row.values())
-        print(f"  K {k}", {w: round(t, 1) for w, t in row.items()}, f"{3 * 4096 * k / best / 1e6:.2f}")
-    weight = torch.rand(4096, device=GPU).bfloat16()
-    x = [torch.randn(4096, 4096, device=GPU).bfloat16() for _ in range(3)]
-    norm = micros([lambda i=i: functional.rms_norm(x[i], (4096,), weight, 1e-5) for i in range(3)])
-    fused = micros([
-        lambda i=i: quantize.quantize_tokens(x[i], torch.int8, 127.5, -128.0, 127.0, "rms_norm", weight, 1e-5)
-        for i in range(3)
-    ])  # fmt: skip
-    print(f"  rms_norm of torch {norm:.1f}, with rounding in one kernel {fused:.1f}")
+        wide = [torch.randn(4096, 2 * k, device=GPU).bfloat16() for _ in range(2)]
+        norm = over(x, lambda x: functional.rms_norm(x, (k,), weight[:k], 1e-5))
+        fused = over(x, lambda x: quantize.launch(x, *INT8_RANGE, "rms_norm", weight[:k], 1e-5))
+        found[str(k)] = {
+            "alone_us": {w: micros(over(x, lambda x: quantize.launch(x, *INT8_RANGE, warps=w))) for w in (2, 4, 8)},
+            "torch_rms_norm_us": micros(norm),
+            "rms_norm_and_rounding_us": micros(fused),
+            "silu_and_rounding_us": micros(over(wide, lambda x: quantize.launch(x, *INT8_RANGE, "silu"))),
+        }
+        print("rounding, K", k, found[str(k)])
+    return found
 
 
-def kv(length: int = 32768) -> None:
-    heads, queries, d = 8, 32, 128
-    print(f"decode attention, {length} tokens, {queries} on {heads} heads of {d}; microseconds")
+def kv(length: int = 32768) -> dict[str, Any]:
+    """Decode attention over `length` tokens, at the dimensions of an 8B model."""
+    found: dict[str, Any] = {"tokens": length, "heads": HEADS, "query_heads": QUERIES, "width": WIDTH}
     for batch in (1, 16):
-        copies = 3 if batch == 1 else 1
-        q = torch.randn(batch, queries, d, device=GPU).bfloat16()
+        q = torch.randn(batch, QUERIES, WIDTH, device=GPU).bfloat16()
         lengths = torch.full((batch,), length, dtype=torch.int32, device=GPU)
-        pairs = [
-            [torch.randn(batch, heads, length, d, device=GPU, dtype=torch.bfloat16) for _ in range(2)]
-            for _ in range(copies)
-        ]
-        size = pairs[0][0].nbytes * 2
-        rows = {}
+        shape = batch, HEADS, length, WIDTH
+        copies = 3 if batch == 1 else 1
+        pairs = [[torch.randn(shape, device=GPU, dtype=torch.bfloat16) for _ in range(2)] for _ in range(copies)]
+        splits = {f"x{some}": max(1, 132 * some // (HEADS * batch)) for some in (1, 2, 3, 4, 6)}
+        sixteen: dict[str, float | None] = {}
         for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
             with sdpa_kernel(backend):
-                rows[f"sdpa {name} gqa"] = attempt(name, lambda: [
-                    lambda p=p: functional.scaled_dot_product_attention(q[:, :, None], *p, enable_gqa=True)
-                    for p in pairs
-                ])  # fmt: skip
-                rows[f"sdpa {name} 4 rows"] = attempt(name, lambda: [
-                    lambda p=p: functional.scaled_dot_product_attention(q.view(batch, heads, 4, d), *p) for p in pairs
-                ])  # fmt: skip
-        for tile, stages in ((128, 2), (128, 3), (64, 4)):
-            for per_sm in (1, 2, 4):
-                splits = max(1, 132 * per_sm // (heads * batch))
-                rows[f"ours bf16 tile {tile} stages {stages} x{per_sm}"] = attempt(f"bf16 {tile} {stages}", lambda: [
-                    lambda p=p: attention.launch_sixteen(q, *p, lengths, 0.09, splits, stages, 4, tile)
-                    for p in pairs
-                ])  # fmt: skip
-        best = min(t for t in rows.values() if t == t)
-        print(f" batch {batch}: bf16, {size / 1e6:.0f} MB, best {best:.1f} us = {size / best / 1e6:.2f} TB/s")
-        for name, us in rows.items():
-            if "sdpa" in name or us < 1.1 * best:
-                print(f"    {name:32} {us:.1f}")
+                sixteen[f"sdpa {name}"] = attempt(
+                    over(pairs, lambda p: functional.scaled_dot_product_attention(q[:, :, None], *p, enable_gqa=True))
+                )
+        for name, count in {"default": 0, **splits}.items():
+            sixteen[name] = attempt(over(pairs, lambda p: attention.launch_sixteen(q, *p, lengths, 0.09, count)))
+        fastest = best(sixteen)
+        rate = 2 * pairs[0][0].nbytes / fastest / 1e6
+        print(f"batch {batch}: bf16 {sixteen}: {fastest} us, {rate:.2f} TB/s")
+        rows: dict[str, Any] = {"bf16": {"us": sixteen, "tb_per_s": round(rate, 2)}}
         pairs.clear()
         for bits in (8, 4):
             for group in (128, 32):
-                sets = [random_tiles(batch, heads, length, d, bits, group) for _ in range(6 if batch == 1 else 1)]
-                found = {}
-                for stages, warps in ((2, 4), (3, 4), (4, 4), (3, 8)):
-                    for per_sm in (1, 2, 3, 4, 6):
-                        splits = max(1, 132 * per_sm // (heads * batch))
-                        found[f"stages {stages} warps {warps} x{per_sm}"] = attempt(f"int{bits} {stages}", lambda: [
-                            lambda s=s: attention.launch(
-                                q, s.keys, s.key_params, s.values, s.value_params, lengths, 0.09,
-                                splits, stages, warps,
-                            ) for s in sets
-                        ])  # fmt: skip
-                ranked = sorted((t, name) for name, t in found.items() if t == t)
-                nbytes = sets[0].nbytes
-                print(
-                    f"    int{bits}-g{group}: {nbytes / 1e6:.0f} MB, {ranked[0][0]:.1f} us = "
-                    f"{nbytes / ranked[0][0] / 1e6:.2f} TB/s, {best / ranked[0][0]:.2f} x bf16; "
-                    + ", ".join(f"{name} {t:.1f}" for t, name in ranked[:3]) + f", worst {ranked[-1][0]:.1f}"
-                )  # fmt: skip
+                sets = [random_tiles(batch, length, bits, group) for _ in range(6 if batch == 1 else 1)]
+                us = {
+                    f"{name}{f' stages {stages}' * (stages != 3)}": attempt(
+                        over(sets, lambda s: attention.launch(q, *held(s), lengths, 0.09, count, stages))
+                    )
+                    for stages in ((3,) if group == 32 else (3, 4))
+                    for name, count in {"default": 0, **splits}.items()
+                }
+                row = {
+                    "us": us,
+                    "bits_per_number": 8 * sets[0].nbytes / (2 * torch.Size(shape).numel()),
+                    "tb_per_s": round(sets[0].nbytes / best(us) / 1e6, 2),
+                    "over_bf16_default": us["default"] and round(fastest / us["default"], 2),
+                    "over_bf16_best": round(fastest / best(us), 2),
+                }
+                rows[f"int{bits}-g{group}"] = row
+                print(f"  int{bits}-g{group}", row)
                 sets.clear()
+        found[f"batch {batch}"] = rows
+    found["sqnr_db"] = accuracy()
+    print(found["sqnr_db"])
+    return found
 
 
-def random_tiles(batch: int, heads: int, length: int, d: int, bits: int, group: int) -> KVTiles:
-    kv = KVTiles.empty(batch, heads, length, d, bits, group, GPU)
-    for codes in (kv.keys, kv.values):
+def held(s: KVTiles) -> tuple[Tensor, ...]:
+    return s.keys, s.key_params, s.values, s.value_params
+
+
+def random_tiles(batch: int, length: int, bits: int, group: int) -> KVTiles:
+    tiles = KVTiles.empty(batch, HEADS, length, WIDTH, bits, group, GPU)
+    for codes in (tiles.keys, tiles.values):
         codes.view(torch.uint8).random_(0, 256)
-    for params in (kv.key_params, kv.value_params):
+    for params in (tiles.key_params, tiles.value_params):
         params.view(torch.float16).uniform_(0.1, 0.3)
-    assert kv.keys.shape[3] == TILE
-    return kv
+    return tiles
+
+
+def accuracy(length: int = 4000) -> dict[str, float]:
+    """Decode attention against float64 over the same decoded cache, float32 out: what the kernel itself rounds."""
+    found = {}
+    q, lengths = torch.randn(1, QUERIES, WIDTH, device=GPU), torch.tensor([length], dtype=torch.int32, device=GPU)
+    for bits in (8, 4):
+        for group in (128, 32):
+            tiles = random_tiles(1, length, bits, group)
+            k, v = (tiles.dequantize(side, length)[0].double().repeat_interleave(4, 0) for side in ("keys", "values"))
+            p = torch.softmax(torch.einsum("hd,hnd->hn", q[0].double(), k) * 0.09, -1)
+            expected = torch.einsum("hn,hnd->hd", p, v)
+            y = attention.launch(q, *held(tiles), lengths, 0.09)[0]
+            found[f"int{bits}-g{group}"] = round(sqnr_db(expected, y), 1)
+    return found
+
+
+PARTS = {"product": products, "shapes": shapes, "tokens": tokens, "kv": kv}
 
 
 def main() -> None:
-    parts = {"correct": correct, "product": products, "fp8": fp8, "tokens": tokens, "kv": kv}
-    print(torch.cuda.get_device_name(), torch.__version__)
-    ceilings()
-    for name in sys.argv[1:] or parts:
-        start = time.time()
-        try:
-            parts[name]()
-        except Exception as failure:
-            import traceback
-
-            traceback.print_exc()
-            print(f"{name}: {failure}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--output", type=Path, help="the record's file; without it, one under benchmarks/results")
+    options = parser.parse_args()
+    record: dict[str, Any] = {"environment": environment(), "device": torch.cuda.get_device_name()}
+    record["ceilings"] = ceilings()
+    for name in options.parts:
+        start = time.perf_counter()
+        record[name] = PARTS[name]()
         torch.cuda.empty_cache()
-        print(f"[{name} took {time.time() - start:.0f} s]", flush=True)
+        print(f"[{name}: {time.perf_counter() - start:.0f} s]", flush=True)
+        if options.output:  # what is measured stays, whatever comes
+            write_json(options.output, {"gpu_w8a8_kv": record})
+    if not options.output:
+        print(recorded.save("gpu_w8a8_kv", record))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fewbits.formats import Format, Quantized
+from fewbits.formats.outliers import Outliers
 from fewbits.formats.rows import fixed_params, round_rows, row_params
 
 # What a kernel keeps between calls. Plain tensors, except where torch wraps a packed weight in its own type.
@@ -174,6 +175,22 @@ def whole_rows(spec: LinearSpec) -> No | None:
     if size is None or size >= spec.shape[1]:
         return None
     return No("it has one scale per row, the format one per group")
+
+
+def outliers_within(kernel: Kernel, outliers: Outliers, spec: LinearSpec) -> Packed:
+    """What `kernel` adds to its packed tensors to multiply `outliers` in the same launch, if it knows how."""
+    prepack = getattr(kernel, "prepack_outliers", None)
+    return {} if prepack is None else prepack(outliers, spec)
+
+
+def multiplies_outliers(packed: Packed, dtype: torch.dtype) -> bool:
+    """Whether a product of x in `dtype` with `packed` has its outlier columns in it."""
+    return outliers_name(dtype) in packed
+
+
+def outliers_name(dtype: torch.dtype) -> str:
+    """Of the weights of outlier columns that go with x in `dtype`."""
+    return f"outliers_{str(dtype).removeprefix('torch.')}"
 
 
 def on_cpu(spec: LinearSpec) -> No | None:

@@ -14,6 +14,8 @@ KERNELS = Registry(
     "kernel",
     {
         "cpu_int4": "fewbits.kernels.cpu_int4:KERNEL",
+        "triton_int8": "fewbits.kernels.triton_int8:KERNEL",
+        "fp8_mm": "fewbits.kernels.fp8_mm:KERNEL",
         "int8_mm": "fewbits.kernels.int8_mm:KERNEL",
         "cpu_int8": "fewbits.kernels.cpu_int8:KERNEL",
         "cpu_fp16": "fewbits.kernels.cpu_fp16:KERNEL",

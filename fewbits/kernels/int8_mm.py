@@ -56,6 +56,21 @@ def multiplies_int8(device: torch.device) -> bool:
     return torch.equal(y.double(), x.double() @ w.double().t())
 
 
+def one_scale_a_row(spec: LinearSpec) -> No | None:
+    """None where both sides are integers of 5 to 8 bits with one scale a row and no zero point; else No."""
+    inputs = spec.activations
+    if inputs is None or inputs.grid.kind != "integer" or inputs.scaling.zero_point:
+        return No("it multiplies by INT8 inputs without a zero point")
+    for no in (affine(spec.format), whole_tokens(spec), whole_rows(spec)):
+        if no is not None:
+            return no
+    if spec.format.scaling.zero_point:
+        return No("its weights have no zero point")
+    if spec.format.bits < 5:
+        return No("it would keep 8 bits for a weight of fewer than 5")
+    return None
+
+
 class Int8Mm(Plain):
     name = "int8_mm"
     floor_db = 110.0
@@ -63,16 +78,9 @@ class Int8Mm(Plain):
     recovers_codes = True
 
     def accepts(self, spec: LinearSpec) -> Yes | No:
-        inputs = spec.activations
-        if inputs is None or inputs.grid.kind != "integer" or inputs.scaling.zero_point:
-            return No("it multiplies by INT8 inputs without a zero point")
-        for no in (affine(spec.format), whole_tokens(spec), whole_rows(spec)):
-            if no is not None:
-                return no
-        if spec.format.scaling.zero_point:
-            return No("its weights have no zero point")
-        if spec.format.bits < 5:
-            return No("it would keep 8 bits for a weight of fewer than 5")
+        no = one_scale_a_row(spec)
+        if no is not None:
+            return no
         if not multiplies_int8(spec.device):
             what = "CPU (no AVX-512 VNNI, no AMX)" if spec.device.type == "cpu" else spec.device.type
             return No(f"this {what} multiplies no INT8 that torch knows of")

@@ -27,15 +27,20 @@ byte holds channels d and d + D/2. Parameters are [.., tile, token, group] words
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fewbits.kernels.triton_product import multiprocessors
 
 _TOP = tl.constexpr(32639.0)  # 127 * 256 + 127
+_LOG2_E = 1.4426950408889634
+_BLOCKS_A_SM = {4: 4, 8: 2, 16: 1}  # by bits; what was fastest on an H200 (benchmarks/bench_gpu_w8a8_kv.py)
 
 
 @triton.jit
@@ -100,12 +105,25 @@ def _nibbles(packed, ASM: tl.constexpr):
 
 
 @triton.jit
-def _span(lengths, batch, splits, TILE: tl.constexpr):
-    """Length, and first and last tile, of this program's piece."""
+def _log2_bound(x):
+    """No less than log2(x), and no more than 0.1 above it: exponent and mantissa of x as one number."""
+    return tl.maximum(x, 1e-9).to(tl.int32, bitcast=True).to(tl.float32) * 1.1920928955078125e-07 - 126.9
+
+
+@triton.jit
+def _prefetch(x, first, lines, MOST: tl.constexpr, LINE: tl.constexpr):
+    """Asks the L2 for up to MOST lines of 128 bytes (LINE elements) of x from element `first` on, and does not wait."""
+    at = x + first + tl.minimum(tl.arange(0, MOST), lines - 1) * LINE
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], tl.int32, False, 1)
+
+
+@triton.jit
+def _span(lengths, batch, split, splits, TILE: tl.constexpr):
+    """Length, and first and last tile, of this piece."""
     length = tl.load(lengths + batch)
     tiles = tl.cdiv(length, TILE)
     each = tl.cdiv(tiles, splits)
-    first = tl.program_id(0) * each
+    first = split * each
     return length, first, min(first + each, tiles)
 
 
@@ -162,21 +180,31 @@ def _less(total, minima, group: tl.constexpr, WIDTH: tl.constexpr, D: tl.constex
 
 
 @triton.jit(do_not_specialize=["heads", "tiles", "splits"])
-def _decode(q, k, k_params, v, v_params, lengths, sums, stats, scale, heads, tiles, splits,
-            RATIO: tl.constexpr, G: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr,
-            BITS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    """A piece of the tokens of one key-value head; RATIO query heads read it; G, a power of 2, are computed."""
-    split, head = tl.program_id(0), tl.program_id(1)
-    length, first, last = _span(lengths, head // heads, splits, TILE)
+def _decode(q, k, k_bytes, k_params, v, v_bytes, v_params, lengths, sums, stats, scale, heads, tiles, splits,
+            RATIO: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
+            STAGES: tl.constexpr, ASM: tl.constexpr, DEPENDENT: tl.constexpr):  # fmt: skip
+    """A piece of the tokens of one key-value head, for up to G of the RATIO query heads that read it."""
+    G: tl.constexpr = 4
+    PARTS: tl.constexpr = (RATIO + G - 1) // G
+    split, part, head = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
+    length, first, last = _span(lengths, head // heads, split, splits, TILE)
     HALVES: tl.constexpr = 8 // BITS
     ROWS: tl.constexpr = D // HALVES  # bytes of a token
     OWN: tl.constexpr = max(1, GROUPS // HALVES)  # groups in a half
     NEXT: tl.constexpr = GROUPS - OWN  # the first group of the other half; the same one where there is but one
+    if ASM:  # the way from memory is under way while the query is made ready
+        begin = (head * tiles + min(first, tiles - 1)).to(tl.int64) * (TILE * ROWS)
+        lines = max(last - first, 1) * (TILE * ROWS // 128)
+        _prefetch(k_bytes, begin, lines, 2 * TILE * ROWS // 128, 128)
+        _prefetch(v_bytes, begin, lines, 2 * TILE * ROWS // 128, 128)
 
     # Columns 2 h and 2 h + 1 are both head h: one becomes the high part, the other the low one.
     c, d = tl.arange(0, 2 * G), tl.arange(0, ROWS)
-    at = q + (head * RATIO + c // 2)[None, :] * D + d[:, None]
-    real, even = (c // 2 < RATIO)[None, :], (c % 2 == 0)[None, :]
+    at = q + (head * RATIO + part * G + c // 2)[None, :] * D + d[:, None]
+    real, even = (part * G + c // 2 < RATIO)[None, :], (c % 2 == 0)[None, :]
     query = tl.load(at, real, 0.0).to(tl.float32) * scale
     reach = tl.max(tl.abs(query), 0)
     if HALVES == 2:
@@ -225,7 +253,7 @@ def _decode(q, k, k_params, v, v_params, lengths, sums, stats, scale, heads, til
 
         # Weights relative to the largest of the tile, so that a tile far from the highest score keeps its digits.
         largest = _largest_scale(vp, GROUPS, BITS, TILE)
-        top = tl.max(score + tl.log2(tl.maximum(largest, 1e-9))[:, None], 0)
+        top = tl.max(score + _log2_bound(largest)[:, None], 0)
         now = tl.maximum(highest, top)
         before, fit = tl.exp2(highest - now), tl.exp2(top - now)
         highest = now
@@ -240,21 +268,21 @@ def _decode(q, k, k_params, v, v_params, lengths, sums, stats, scale, heads, til
             minima3 = _add_minima(minima3, fitted, before, vp, 3, BITS, TILE)
         fit = (fit / _TOP)[None, :]
         if HALVES == 1:
-            part = _values(v_codes, p, vp, 0, OWN, BITS, TILE, ROWS, G)
+            found = _values(v_codes, p, vp, 0, OWN, BITS, TILE, ROWS, G)
         else:
             v_low, v_high = _nibbles(v_codes, ASM)
             if GROUPS == 1:
                 columns = _columns(p * largest[:, None], TILE, G)
                 nothing = tl.zeros((ROWS, G * 2), tl.int32)
-                part = _merge(_multiply(v_low, columns, nothing), ROWS, G)
-                part_b = _merge(_multiply(v_high, columns, nothing), ROWS, G)
+                found = _merge(_multiply(v_low, columns, nothing), ROWS, G)
+                found_b = _merge(_multiply(v_high, columns, nothing), ROWS, G)
             else:
-                part = _values(v_low, p, vp, 0, OWN, BITS, TILE, ROWS, G)
-                part_b = _values(v_high, p, vp, NEXT, OWN, BITS, TILE, ROWS, G)
-            total_b = total_b * before[None, :] + part_b * fit
-        total = total * before[None, :] + part * fit
+                found = _values(v_low, p, vp, 0, OWN, BITS, TILE, ROWS, G)
+                found_b = _values(v_high, p, vp, NEXT, OWN, BITS, TILE, ROWS, G)
+            total_b = total_b * before[None, :] + found_b * fit
+        total = total * before[None, :] + found * fit
 
-    slot = (head * splits + split) * G + tl.arange(0, G)
+    slot = ((head * PARTS + part) * splits + split) * G + tl.arange(0, G)
     tl.store(stats + slot * 2, highest)
     tl.store(stats + slot * 2 + 1, tl.sum(weight, 0))
     at = sums + slot[None, :] * D + d[:, None]
@@ -279,13 +307,23 @@ def _decode(q, k, k_params, v, v_params, lengths, sums, stats, scale, heads, til
 
 
 @triton.jit(do_not_specialize=["heads", "tiles", "splits"])
-def _decode_sixteen(q, k, v, lengths, sums, stats, scale, heads, tiles, splits,
-                    RATIO: tl.constexpr, G: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
-                    STAGES: tl.constexpr):  # fmt: skip
+def _decode_sixteen(q, k, k_raw, v, v_raw, lengths, sums, stats, scale, heads, tiles, splits,
+                    RATIO: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+                    ASM: tl.constexpr, DEPENDENT: tl.constexpr):  # fmt: skip
     """`_decode` for keys and values in 16 bits, both [.., token, d]."""
-    split, head = tl.program_id(0), tl.program_id(1)
-    length, first, last = _span(lengths, head // heads, splits, TILE)
-    h, d, n = tl.arange(0, G), tl.arange(0, D), tl.arange(0, TILE)
+    G: tl.constexpr = 4
+    PARTS: tl.constexpr = (RATIO + G - 1) // G
+    split, part, head = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
+    length, first, last = _span(lengths, head // heads, split, splits, TILE)
+    if ASM:
+        begin = (head * tiles + min(first, tiles - 1)).to(tl.int64) * (TILE * D)
+        lines = max(last - first, 1) * (TILE * D // 64)
+        _prefetch(k_raw, begin, lines, 2 * TILE * D // 64, 64)
+        _prefetch(v_raw, begin, lines, 2 * TILE * D // 64, 64)
+    h, d, n = part * G + tl.arange(0, G), tl.arange(0, D), tl.arange(0, TILE)
     query = tl.load(q + (head * RATIO + h)[None, :] * D + d[:, None], (h < RATIO)[None, :], 0.0)
     highest = tl.full((G,), -1e30, tl.float32)
     weight = tl.zeros((TILE, G), tl.float32)
@@ -301,20 +339,25 @@ def _decode_sixteen(q, k, v, lengths, sums, stats, scale, heads, tiles, splits,
         weight = weight * before[None, :] + p
         values = v.load([place, 0])
         total = tl.dot(values.T, p.to(values.dtype), total * before[None, :])
-    slot = (head * splits + split) * G + h
+    slot = ((head * PARTS + part) * splits + split) * G + tl.arange(0, G)
     tl.store(stats + slot * 2, highest)
     tl.store(stats + slot * 2 + 1, tl.sum(weight, 0))
     tl.store(sums + slot[None, :] * D + d[:, None], total)
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _join(sums, stats, out, splits, RATIO: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-          BLOCK: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+def _join(sums, stats, out, splits, RATIO: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+          WIDTH: tl.constexpr, DEPENDENT: tl.constexpr):  # fmt: skip
     """Joins the pieces of one query head, WIDTH channels of it; BLOCK is splits up to a power of 2."""
+    G: tl.constexpr = 4
+    PARTS: tl.constexpr = (RATIO + G - 1) // G
     head, part = tl.program_id(0), tl.program_id(1)
-    piece = head // RATIO * splits + tl.arange(0, BLOCK)
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
+    piece = (head // RATIO * PARTS + head % RATIO // G) * splits + tl.arange(0, BLOCK)
     here = tl.arange(0, BLOCK) < splits
-    slot = piece * G + head % RATIO
+    slot = piece * G + head % RATIO % G
     highest = tl.load(stats + slot * 2, here, -1e30)
     weight = tl.load(stats + slot * 2 + 1, here, 0.0)
     d = part * WIDTH + tl.arange(0, WIDTH)
@@ -324,28 +367,41 @@ def _join(sums, stats, out, splits, RATIO: tl.constexpr, G: tl.constexpr, D: tl.
     tl.store(out + head * D + d, y.to(out.dtype.element_ty))
 
 
-def splits_for(heads: int, tiles: int, device: torch.device) -> int:
-    """Pieces of each head's tokens: enough that every multiprocessor has a few blocks, none without a tile."""
-    return max(1, min(tiles, -(-4 * multiprocessors(device) // heads)))
+@lru_cache(maxsize=16)
+def _dependent(device: torch.device) -> bool:
+    """Whether a launch may begin while the one before ends (programmatic dependent launch: Hopper and later)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _asm(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def splits_for(heads: int, tiles: int, bits: int, device: torch.device) -> int:
+    """Pieces of each head's tokens: a few blocks for every multiprocessor, and tiles shared out evenly."""
+    most = max(1, _BLOCKS_A_SM[bits] * multiprocessors(device) // heads)
+    return -(-tiles // -(-tiles // most))
+
+
+def _workspace(q: Tensor, heads: int, splits: int) -> tuple[Tensor, Tensor]:
+    """Sums and statistics of the pieces, of 4 query heads each."""
+    batch, queries, d = q.shape
+    pieces = batch * heads * -(-(queries // heads) // 4) * splits
+    return (
+        torch.empty(pieces, 4, d, dtype=torch.float32, device=q.device),
+        torch.empty(pieces, 4, 2, dtype=torch.float32, device=q.device),
+    )
 
 
 def _join_pieces(q: Tensor, sums: Tensor, stats: Tensor, ratio: int, splits: int) -> Tensor:
     out = torch.empty_like(q)
     batch, heads, d = q.shape
-    width = min(d, 64)
+    width, dependent = min(d, 32), _dependent(q.device)
     _join[(batch * heads, d // width)](
-        sums, stats, out, splits, RATIO=ratio, G=sums.shape[1], D=d,
-        BLOCK=max(2, triton.next_power_of_2(splits)), WIDTH=width, num_warps=4,
+        sums, stats, out, splits, RATIO=ratio, D=d, BLOCK=max(2, triton.next_power_of_2(splits)), WIDTH=width,
+        DEPENDENT=dependent, num_warps=4, launch_pdl=dependent,
     )  # fmt: skip
     return out
-
-
-def _workspace(q: Tensor, pieces: int, ratio: int) -> tuple[Tensor, Tensor]:
-    g = max(4, triton.next_power_of_2(ratio))
-    return (
-        torch.empty(pieces, g, q.shape[2], dtype=torch.float32, device=q.device),
-        torch.empty(pieces, g, 2, dtype=torch.float32, device=q.device),
-    )
 
 
 def launch(
@@ -355,14 +411,15 @@ def launch(
     """`decode_attention`, with a choice of how the work is divided."""
     batch, heads, tiles, tile, row = keys.shape
     d, ratio = q.shape[2], q.shape[1] // heads
-    splits = splits or splits_for(batch * heads, tiles, q.device)
-    sums, stats = _workspace(q, batch * heads * splits, ratio)
-    _decode[(splits, batch * heads)](
-        q, TensorDescriptor.from_tensor(keys.view(-1, row), [tile, row]), key_params,
-        TensorDescriptor.from_tensor(values.view(-1, tile), [row, tile]), value_params,
-        lengths, sums, stats, scale * 1.4426950408889634, heads, tiles, splits,
-        RATIO=ratio, G=sums.shape[1], D=d, TILE=tile, GROUPS=key_params.shape[3], BITS=8 * row // d,
-        STAGES=stages, ASM=q.is_cuda, num_warps=warps, num_stages=stages,
+    bits, dependent = 8 * row // d, _dependent(q.device)
+    splits = splits or splits_for(batch * heads, tiles, bits, q.device)
+    sums, stats = _workspace(q, heads, splits)
+    _decode[(splits * -(-ratio // 4), batch * heads)](
+        q, TensorDescriptor.from_tensor(keys.view(-1, row), [tile, row]), keys, key_params,
+        TensorDescriptor.from_tensor(values.view(-1, tile), [row, tile]), values, value_params,
+        lengths, sums, stats, scale * _LOG2_E, heads, tiles, splits,
+        RATIO=ratio, D=d, TILE=tile, GROUPS=key_params.shape[3], BITS=bits, STAGES=stages,
+        ASM=_asm(q.device), DEPENDENT=dependent, num_warps=warps, num_stages=stages, launch_pdl=dependent,
     )  # fmt: skip
     return _join_pieces(q, sums, stats, ratio, splits)
 
@@ -373,15 +430,15 @@ def launch_sixteen(
 ) -> Tensor:  # fmt: skip
     """The same over keys and values [batch, heads, capacity, d] in q's dtype; capacity a multiple of `tile`."""
     batch, heads, capacity, d = keys.shape
-    ratio, tiles = q.shape[1] // heads, capacity // tile
-    splits = splits or splits_for(batch * heads, tiles, q.device)
-    sums, stats = _workspace(q, batch * heads * splits, ratio)
-    g = sums.shape[1]
-    _decode_sixteen[(splits, batch * heads)](
-        q, TensorDescriptor.from_tensor(keys.view(-1, d), [tile, d]),
-        TensorDescriptor.from_tensor(values.view(-1, d), [tile, d]),
-        lengths, sums, stats, scale * 1.4426950408889634, heads, tiles, splits,
-        RATIO=ratio, G=g, D=d, TILE=tile, STAGES=stages, num_warps=warps, num_stages=stages,
+    ratio, tiles, dependent = q.shape[1] // heads, capacity // tile, _dependent(q.device)
+    splits = splits or splits_for(batch * heads, tiles, 16, q.device)
+    sums, stats = _workspace(q, heads, splits)
+    _decode_sixteen[(splits * -(-ratio // 4), batch * heads)](
+        q, TensorDescriptor.from_tensor(keys.view(-1, d), [tile, d]), keys,
+        TensorDescriptor.from_tensor(values.view(-1, d), [tile, d]), values,
+        lengths, sums, stats, scale * _LOG2_E, heads, tiles, splits,
+        RATIO=ratio, D=d, TILE=tile, STAGES=stages, ASM=_asm(q.device), DEPENDENT=dependent,
+        num_warps=warps, num_stages=stages, launch_pdl=dependent,
     )  # fmt: skip
     return _join_pieces(q, sums, stats, ratio, splits)
 

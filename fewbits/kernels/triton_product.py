@@ -118,7 +118,7 @@ def tiles_for(m: int, n: int, k: int) -> Tiles:
         return Tiles(m=64, n=128, k=128, warps=4, stages=4, flat=False)
     if m <= 512:
         return Tiles(m=128, n=128, k=128, warps=8, stages=4, flat=False)
-    return Tiles(m=128, n=256, k=128, warps=8, stages=3, parts=2)
+    return Tiles(m=256, n=128, k=128, warps=8, stages=3, parts=2)
 
 
 def launch(

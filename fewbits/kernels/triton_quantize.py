@@ -78,10 +78,12 @@ def _quantize(x, weight, mask, outliers, q, scales, apart, K, x_stride, q_stride
     tl.store(at, v.to(q.dtype.element_ty), offset < q_stride)
 
 
-def _launch(
-    x: Tensor, dtype: torch.dtype, top: float, low: float, high: float, before: str, weight: Tensor | None, eps: float,
-    mask: Tensor | None, outliers: Tensor | None, r: int, warps: int | None = None,
+def launch(
+    x: Tensor, dtype: torch.dtype, top: float, low: float, high: float, before: str = "none",
+    weight: Tensor | None = None, eps: float = 0.0,
+    mask: Tensor | None = None, outliers: Tensor | None = None, r: int = 0, warps: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`quantize_tokens`, with a choice of warps a row."""
     q, scale, apart = _outputs(x, dtype, before, r)
     rows, k = x.shape[0], x.shape[1] // (2 if before == "silu" else 1)
     if rows:
@@ -89,7 +91,7 @@ def _launch(
         _quantize[(rows,)](
             x, weight, mask, outliers, q, scale, apart, k, x.stride(0), q.shape[1], eps, top,
             0 if outliers is None else outliers.numel(), BEFORE=before, LOW=low, HIGH=high, R=r, BLOCK=block,
-            num_warps=warps or min(16, max(2, block // 1024)),
+            num_warps=warps or min(4, max(1, block // 512)),
         )  # fmt: skip
     return q, scale, apart
 
@@ -117,7 +119,7 @@ def quantize_tokens(
     x may have any row stride. outliers, mask, r: see the module; r 0 without them; only where `before` is none.
     """
     x = x if x.stride(1) == 1 else x.contiguous()
-    return _launch(x, dtype, top, low, high, before, weight, eps, mask, outliers, r)
+    return launch(x, dtype, top, low, high, before, weight, eps, mask, outliers, r)
 
 
 @quantize_tokens.register_fake

@@ -31,6 +31,7 @@ from fewbits.formats.outliers import Outliers, OutlierSpec, without
 from fewbits.formats.rows import check_rows, fixed_params, input_layout, round_rows
 from fewbits.formats.scales import State
 from fewbits.kernels import KERNELS, Kernel, LinearSpec, No, Packed, Yes, choose, explain
+from fewbits.kernels.base import multiplies_outliers, outliers_within
 
 
 class QLinear(nn.Module):
@@ -153,6 +154,8 @@ class QLinear(nn.Module):
             spec = dataclasses.replace(self.spec, format=weight.format)
             kernel = kernel or choose(spec)
             self._packed = {**kernel.prepack(weight), **self.input_state()}
+            if self.outliers is not None:
+                self._packed |= outliers_within(kernel, self.outliers, spec)
             self._spec, self.kernel = spec, kernel.name
         if kernel.recovers_codes:
             self.codes = None
@@ -229,7 +232,7 @@ class QLinear(nn.Module):
         """x [..., in] times the codes, with outlier columns apart; only after `prepack`."""
         assert self._packed is not None and self._spec is not None and self.kernel is not None
         kernel, outliers = KERNELS.get(self.kernel), self.outliers
-        if outliers is None:
+        if outliers is None or multiplies_outliers(self._packed, x.dtype):
             y: Tensor = kernel.linear(x, self._packed, self._spec)
             return y
         rows = x.reshape(-1, self.in_features)
