@@ -11,6 +11,7 @@ from triton_cases import attention, error, filled
 from fewbits.formats import parse_format
 from fewbits.formats.outliers import Outliers
 from fewbits.kernels import KERNELS, LinearSpec, choose
+from fewbits.kernels.kv_tiles import KVTiles
 from fewbits.kernels.reference import KERNEL as REFERENCE
 from fewbits.metrics.error import sqnr_db
 from fewbits.nn import QLinear
@@ -22,7 +23,7 @@ FP8 = torch.float8_e4m3fn, 448.0, -448.0, 448.0
 
 @pytest.fixture(autouse=True)
 def operators() -> None:
-    from fewbits.kernels import triton_attention, triton_product, triton_quantize  # noqa: F401
+    from fewbits.kernels import triton_attention, triton_kv_write, triton_product, triton_quantize  # noqa: F401
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -165,3 +166,27 @@ def test_operators_are_well_made_and_run_in_graphs_and_compiled() -> None:
     lengths.copy_(longer)  # read on the device: the same graph goes on with another length
     graph.replay()
     torch.testing.assert_close(captured[1], step(x, queries)[1])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("group", "width"), [(128, 128), (32, 128), (64, 64)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tokens_are_written_as_the_format_rounds_them(bits: int, group: int, width: int, dtype: torch.dtype) -> None:
+    half, length = width // 2, 300
+    k, v = (torch.randn(2, length, 3, width, device="cuda").to(dtype).transpose(1, 2) for _ in range(2))
+    angle = torch.rand(2, length, half, device="cuda").repeat(1, 1, 2) * 7
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    turned = k * cos[:, None] + torch.cat((-k[..., half:], k[..., :half]), -1) * sin[:, None]
+    kv, starts = KVTiles.empty(2, 3, length, width, bits, group, "cuda"), torch.zeros(2, dtype=torch.int32).cuda()
+    held = kv.keys, kv.key_params, kv.values, kv.value_params
+    for begin, end in ((0, 200), (200, 201), (201, length)):
+        part = slice(begin, end)
+        starts.fill_(begin)
+        torch.ops.fewbits.write_kv(k[:, :, part], v[:, :, part], cos[:, part], sin[:, part], starts, *held)
+    expected = filled(turned.float(), v.float(), bits, group)
+    for side in ("keys", "values"):
+        for found, plain in zip(kv.tokens(side, length), expected.tokens(side, length), strict=True):
+            assert torch.equal(found, plain), side
+    starts.fill_(length - 1)
+    token = k[:, :, -1:], v[:, :, -1:], cos[:, -1:], sin[:, -1:], starts
+    torch.library.opcheck(torch.ops.fewbits.write_kv.default, (*token, *held))

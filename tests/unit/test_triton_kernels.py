@@ -17,7 +17,8 @@ if np.lib.NumpyVersion(np.__version__) >= "2.5.0":  # an array of one number is 
     pytest.skip(f"Triton's interpreter does not run with numpy {np.__version__}", allow_module_level=True)
 
 from fewbits.formats import parse_format
-from fewbits.kernels import triton_attention, triton_product, triton_quantize
+from fewbits.kernels import triton_attention, triton_kv_write, triton_product, triton_quantize
+from fewbits.kernels.kv_tiles import KVTiles
 
 
 @pytest.mark.parametrize(("m", "k"), [(5, 100), (3, 576), (1, 16)])
@@ -97,3 +98,25 @@ def test_decode_attention_in_sixteen_bits() -> None:
     lengths = torch.tensor([128, 50], dtype=torch.int32)
     y = triton_attention.launch_sixteen(q, k, v, lengths, 0.125, splits=2, tile=64)
     assert error(y, attention(q, k, v, lengths, 0.125)) < 2e-3
+
+
+@pytest.mark.parametrize(("bits", "group", "new"), [(8, 64, 1), (4, 64, 3), (4, 16, 20), (8, 32, 2)])
+def test_tokens_are_written_as_the_format_rounds_them(bits: int, group: int, new: int) -> None:
+    torch.manual_seed(0)
+    width, before = 64, 120
+    k, v = torch.randn(2, 2, before + new, width).half(), torch.randn(2, 2, before + new, width).half()
+    angle = torch.rand(2, before + new, width // 2).repeat(1, 1, 2) * 7
+    cos, sin = angle.cos().half(), angle.sin().half()
+    turned = k * cos[:, None] + torch.cat((-k[..., 32:], k[..., :32]), -1) * sin[:, None]
+    kv = KVTiles.empty(2, 2, before + new, width, bits, group, "cpu")
+    starts = torch.zeros(2, dtype=torch.int32)
+    held = kv.keys, kv.key_params, kv.values, kv.value_params
+    for begin, end in ((0, before), (before, before + new)):
+        part = slice(begin, end)
+        starts.fill_(begin)
+        triton_kv_write.write(k[:, :, part], v[:, :, part], cos[:, part], sin[:, part], starts, *held)
+    expected = filled(turned.float(), v.float(), bits, group)
+    for side in ("keys", "values"):
+        found, plain = kv.tokens(side, before + new), expected.tokens(side, before + new)
+        assert torch.equal(found[1], plain[1]) and torch.equal(found[2], plain[2])
+        assert (found[0] != plain[0]).double().mean() < 1e-3  # ties, under the interpreter's multiply-add
