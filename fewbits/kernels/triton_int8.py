@@ -32,7 +32,7 @@ def no_triton(device: torch.device) -> No | None:
     if device.type != "cuda":
         return No(f"runs on cuda, not on {device.type}")
     if find_spec("triton") is None:
-        return No("triton is not installed: pip install triton")
+        return No("triton is not installed: pip install fewbits[triton]")
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return No("it wants an NVIDIA GPU of compute capability 8.0 or more")
     return None
