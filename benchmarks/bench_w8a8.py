@@ -71,6 +71,7 @@ CASES = [
     ),
     Case(name="static rotate, sinks apart", scheme=STATIC, method="rotate", act_range="percentile"),
     Case(name="static rotate, gptq, sinks apart", scheme=STATIC, method="rotate,gptq", act_range="percentile"),
+    Case(name="smoothquant behind norms alone", method="smoothquant", options={"products": False}),
     Case(name="llm_int8 at 4", method="llm_int8", options={"threshold": 4.0}),
     Case(name="llm_int8 at 1", method="llm_int8", options={"threshold": 1.0}),
     Case(name="llm_int8 fixed", method="llm_int8", options={"fixed": True}),

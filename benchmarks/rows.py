@@ -121,8 +121,8 @@ def run(benchmark: str, settings: Sequence[Setting], given: argparse.Namespace, 
     kept: dict[str, Any] = {"rows": {}}
     if given.resume and given.resume.exists():
         kept = json.loads(given.resume.read_text(encoding="utf-8"))
-    kept.setdefault("environment", {**environment(), "device": device_name()})
-    kept["commit"] = given.commit or kept.get("commit") or commit()
+    if not given.record:
+        kept |= {"environment": {**environment(), "device": device_name()}, "commit": given.commit or commit()}
     rows: dict[str, Row] = kept["rows"]
     wanted = [
         setting for setting in settings if setting.key not in rows and (not given.only or setting.key in given.only)
@@ -158,7 +158,7 @@ def _measured(
                 continue
             if row is None:
                 continue
-            kept["rows"][key] = row
+            kept["rows"][key] = {**row, "commit": kept["commit"]}
             if given.resume:
                 write_json(given.resume, kept)
             print(f"{key:48} {tell(row)}  {row['seconds']:.0f} s", flush=True)

@@ -153,30 +153,45 @@ def _sibling(block: Block, ref: Ref, kind: str) -> Ref | None:
 class RoundedLoss:
     """Squared error of the outputs of `stages` with x / s and W * s both rounded, over the sampled inputs x.
 
-    ordinary: sinks are rounded along, but their error is not counted: it can be a thousand times that of all others.
+    apart: of sinks (formats/rows.py) and of all other tokens, each as a share of its own energy. A sink can hold a
+    thousand times the energy of all others together, and half of a model's attention rests on it: summed up, neither
+    would be seen beside the other.
     """
 
-    def __init__(self, stages: Sequence[Stage], block: Block, *, ordinary: bool = False) -> None:
+    def __init__(self, stages: Sequence[Stage], block: Block, *, apart: bool = False) -> None:
         self._block = block
-        self._parts: list[tuple[Tensor, Tensor, list[tuple[Ref, Tensor, Tensor]]]] = []
+        self._parts: list[tuple[Tensor, list[Tensor], list[tuple[Ref, Tensor, Tensor]]]] = []
+        self._energy = [0.0, 0.0] if apart else [1.0]
         for stage in stages:
             rows = stage.inputs.rows
             assert rows is not None
+            towering = sinks(rows)
+            kinds = [~towering, towering] if apart else [torch.ones_like(towering)]
             weights = [(ref, ref.weight.float()) for ref in stage.refs]
-            counted = ~sinks(rows) if ordinary else torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-            exact = [(ref, weight, rows[counted] @ weight.t()) for ref, weight in weights]
-            self._parts.append((rows, counted, exact))
+            exact = [(ref, weight, rows @ weight.t()) for ref, weight in weights]
+            self._parts.append((rows, kinds, exact))
+            if apart:
+                self._add(self._energy, [y for _, _, y in exact], kinds)
+
+    @staticmethod
+    def _add(totals: list[float], outputs: Sequence[Tensor], kinds: Sequence[Tensor]) -> None:
+        """Adds the energy of the rows of each kind."""
+        by_row = torch.stack([y.square().sum(1, dtype=torch.float64) for y in outputs]).sum(0)
+        for place, rows in enumerate(kinds):
+            totals[place] += float(by_row[rows].sum())
 
     def __call__(self, s: Tensor | None) -> float:
         assert self._block.activations is not None
-        total = 0.0
-        for rows, counted, parts in self._parts:
+        lost = [0.0] * len(self._energy)
+        for rows, kinds, parts in self._parts:
             factor = torch.ones((), device=rows.device) if s is None else s
-            rounded = round_rows(rows / factor, self._block.activations)[counted]
+            rounded = round_rows(rows / factor, self._block.activations)
+            errors = []
             for ref, weight, exact in parts:
                 smoothed = self._block.format_of(ref).quantize(weight * factor, ref.name).dequantize()
-                total += float((exact - rounded @ smoothed.t()).square().sum(dtype=torch.float64))
-        return total
+                errors.append(exact - rounded @ smoothed.t())
+            self._add(lost, errors, kinds)
+        return sum(error / energy for error, energy in zip(lost, self._energy, strict=True) if energy)
 
 
 def row_parameters(weights: Sequence[Tensor]) -> Tensor:

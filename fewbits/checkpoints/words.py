@@ -49,8 +49,8 @@ def from_words(words: Tensor, bits: int, count: int) -> Tensor:
 
 def translate(packed: Tensor, table: bytes) -> Tensor:
     """Every byte of the uint8 tensor replaced by what `table` [256] has in its place."""
-    raw = bytearray(packed.contiguous().reshape(-1).numpy().data).translate(table)
-    return torch.frombuffer(raw, dtype=torch.uint8).view(packed.shape) if raw else packed.clone()
+    raw = bytearray(packed.cpu().contiguous().reshape(-1).numpy().data).translate(table)
+    return torch.frombuffer(raw, dtype=torch.uint8).view(packed.shape).to(packed.device) if raw else packed.clone()
 
 
 @cache

@@ -82,16 +82,38 @@ def test_a_smoothed_block_computes_what_it_did(name: str, alpha: float | None) -
     assert not done.notes
 
 
-def test_the_search_takes_the_least_error() -> None:
+def test_the_search_takes_what_helps() -> None:
     _, _, block = block_with_rows("llama")
     for place in scalables(block):
         alpha, s = SmoothQuant().best(place, block)
-        assert s is not None and float(s[5]) > 2 * float(s.median())
+        assert s is not None and float(s[5]) > 2 * float(s.median()) and 0 < alpha <= 1
         of = RoundedLoss(place.stages, block)
         least = of(s)
         assert least < 0.7 * of(None)
         others = [SmoothQuant(alpha=step / 10).best(place, block)[1] for step in range(11)]
-        assert least == min(of(other) for other in others) and 0 <= alpha <= 1
+        assert least < 1.1 * min(of(other) for other in others)  # chosen on half of the rows, by the other half
+
+
+def test_channels_that_fire_now_and_then_are_not_taken_for_quiet() -> None:
+    """What down_proj reads: every token has another large channel, and few of them are in the sample."""
+    _, _, block = block_with_rows("llama")
+    place = next(place for place in scalables(block) if place.producer.endswith("up_proj"))
+    (stage,) = place.stages
+    width, generator = stage.inputs.rows.shape[1], torch.Generator().manual_seed(2)
+
+    def text(tokens: int) -> torch.Tensor:
+        rows = torch.randn(tokens, width, generator=generator)
+        return rows.scatter_(1, torch.randint(width, (tokens, 1), generator=generator), 40.0)
+
+    rows, later = text(64), text(512)
+    size = rows.abs().amax(0)
+    stage.inputs = dataclasses.replace(stage.inputs, rows=rows, max_abs=size, ordinary=size)
+    half, (_, found) = SmoothQuant(alpha=0.5).best(place, block)[1], SmoothQuant().best(place, block)
+    seen = RoundedLoss(place.stages, block)
+    assert seen(half) < 0.8 * seen(None)  # what one would believe
+    stage.inputs = dataclasses.replace(stage.inputs, rows=later)
+    of = RoundedLoss(place.stages, block)
+    assert of(half) > 3 * of(None) and of(found) < 1.2 * of(None)
 
 
 def test_only_behind_norms_as_in_the_paper() -> None:
@@ -127,3 +149,21 @@ def test_outliers_are_what_it_is_for(tmp_path: Path) -> None:
         out = quantized(tmp_path / "dense", tmp_path / method, "W8A8", method=method)
         kl[method] = json.loads((out / "certificate.json").read_text())["evaluations"][0]["kl"]["mean"]
     assert kl["smoothquant"] < 0.3 * kl["rtn"] and kl["smoothquant,gptq"] < 0.3 * kl["rtn"]
+
+
+def test_sinks_keep_the_columns_that_only_they_use() -> None:
+    """A channel that only a sink uses: scaled by what others have there, its column of the weights would vanish."""
+    _, _, block = block_with_rows("llama")
+    place = next(place for place in scalables(block) if place.producer.endswith("up_proj"))
+    (stage,) = place.stages
+    rows, channel = stage.inputs.rows.clone(), 9
+    rows[:, channel] = 1e-6
+    stage.inputs = dataclasses.replace(stage.inputs, ordinary=rows.abs().amax(0))
+    rows[0] = 0
+    rows[0, channel] = 1e4
+    stage.inputs = dataclasses.replace(stage.inputs, rows=rows, max_abs=rows.abs().amax(0))
+    _, s = SmoothQuant().best(place, block)
+    factor = torch.ones(rows.shape[1]) if s is None else s
+    weight = stage.refs[0].weight.float()
+    kept = block.format.quantize(weight * factor).dequantize()[:, channel] / factor[channel]
+    assert float((kept - weight[:, channel]).norm() / weight[:, channel].norm()) < 0.05
