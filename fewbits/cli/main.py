@@ -7,6 +7,7 @@ import os
 import typer
 
 import fewbits
+from fewbits.cli.bench import app as bench
 from fewbits.cli.boundary import DEBUG
 from fewbits.cli.chat import chat
 from fewbits.cli.convert import convert
@@ -43,6 +44,7 @@ app.command("verify")(verify)
 app.command("list")(listing)
 app.command("demo")(demo)
 app.add_typer(study, name="study")
+app.add_typer(bench, name="bench")
 
 
 def _version(asked: bool) -> None:

@@ -19,6 +19,7 @@ KERNELS = Registry(
         "int8_mm": "fewbits.kernels.int8_mm:KERNEL",
         "cpu_int8": "fewbits.kernels.cpu_int8:KERNEL",
         "cpu_fp16": "fewbits.kernels.cpu_fp16:KERNEL",
+        "cuda_fragments": "fewbits.kernels.cuda_fragments:KERNEL",
         "cuda_int4": "fewbits.kernels.cuda_int4:KERNEL",
         "reference": "fewbits.kernels.reference:KERNEL",
     },

@@ -1,0 +1,396 @@
+"""Weights in the order of the tensor cores' registers: the layout, and the three kernels that read it.
+
+A product with few tokens reads every weight once and multiplies it a few times, so its time is that of reading. What
+keeps a kernel from it is work per weight: finding its place, turning an integer into a float, a way through shared
+memory. Here none is left. The weight is stored in the order in which the threads of a warp hold the left operand of
+`mma.m16n8k16` (CUDA PTX ISA, "Matrix fragments for mma.m16n8k16"), so that a thread reads 16 bytes, all its own;
+and codes are packed so that one mask leaves two of them in the last bits of two 16-bit floats whose value is then
+128 + code (bfloat16) or 1024 + code (float16); a subtraction makes that code - zero, exactly. (The order is that of
+Marlin, arXiv 2408.11743, the trick of FasterTransformer.)
+
+    tile      16 rows x 16 columns; lane l = 4 g + c holds registers r = 0..3 of two values each:
+              row g + 8 (r % 2), columns 2 c + 8 (r // 2) + {0, 1}
+    word      4 bits: one tile. Value i of register r at bit 4 r + 16 i.
+              2 bits: two tiles. Value i of register r of 8 at bit 2 r + 16 i.
+              3 bits: three words for four tiles. Of their 16 registers five to a word, at bit 3 r + 16 i; the bits left
+                      over (15 and 31 of each word) are the last register's.
+              8 bits: half a tile. Registers r, r + 1: four bytes.
+    tables    codes of a grid that is not consecutive integers lie in pairs (value 0, value 1) and index a table of
+              pairs of levels in shared memory, one copy per lane, so that lanes never meet in a bank.
+
+Scales of groups are stored as float16 after division by a power of two per row (`alpha`, float32), which is multiplied
+into the result: bfloat16 and float16 scales keep all their digits, and float32 ones 11 bits. A single scale a row is
+`alpha` itself, in float32.
+
+Sums within a group and over groups are float32 in `few`; in `many` a weight is multiplied by its scale in 16 bits
+beforehand. Levels of tables are rounded to 16 bits in both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fewbits.kernels import nvrtc
+
+ROWS = 64  # rows are padded to the most that a warp takes
+_BLOCK_COLUMNS = 128  # whole blocks of words for every width; two stages of `many`
+SHARED_LIMIT = 227 << 10  # bytes a thread block can have on Hopper
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What of a format the kernels are compiled for.
+
+    bits: of a code.  table: whether codes index a table.  group: columns that share a scale, 0 where a row has one.
+    zero: whether groups have zero points; else `offset` is the code of level 0.  half: float16 in and out, else
+    bfloat16.
+    """
+
+    bits: int
+    table: bool
+    group: int
+    zero: bool
+    offset: int
+    half: bool
+
+    @property
+    def unit(self) -> int:
+        """Columns that hold whole blocks of words and whole groups: what a row is padded to."""
+        return math.lcm(_BLOCK_COLUMNS, self.group or 1)
+
+    @property
+    def macros(self) -> dict[str, int]:
+        return {
+            "BITS": self.bits, "TABLE": int(self.table), "GROUP": self.group, "UNIT": self.unit, "ZERO": int(self.zero),
+            "OFFSET": self.offset, "HALF": int(self.half),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Few:
+    """`few`: rt tiles of 16 rows a strip, warps of a block, mt tiles of 8 tokens, split blocks of a cluster along the
+    columns, ring units of weights on their way, per_sm blocks a multiprocessor, registers for `resident` of them."""
+
+    rt: int = 1
+    warps: int = 16
+    mt: int = 1
+    split: int = 1
+    ring: int = 2
+    per_sm: int = 1
+    resident: int = 1
+
+    name = "few"
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    @property
+    def tokens(self) -> int:
+        return 8 * self.mt
+
+    def places(self, n: int, sms: int) -> int:
+        """Clusters that share out the strips."""
+        return min(-(-n // (16 * self.rt)), max(1, sms * self.per_sm // self.split))
+
+    def shared(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
+        rows, units = 16 * self.rt, -(-k // layout.unit)
+        strips = -(-n // rows)
+        parts = -(-strips // self.places(n, sms)) + self.warps
+        tokens = (m if self.mt == 1 else self.tokens) * (2 * -(-units // self.split) * layout.unit + 16)
+        return _table_bytes(layout) + 4 * parts * self.tokens * (rows + 4) + tokens
+
+    def grid(self, n: int, m: int, sms: int) -> tuple[int, int]:
+        return self.places(n, sms) * self.split, 1
+
+    @property
+    def macros(self) -> dict[str, int]:
+        return {
+            "RT": self.rt, "WARPS": self.warps, "MT": self.mt, "SPLIT": self.split, "RING": self.ring,
+            "RESIDENT": self.resident, "FEW": 1,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Many:
+    """`many`: wg warpgroups of 64 rows, nt tokens, split blocks along the columns, stages of 64 columns of tokens."""
+
+    wg: int = 2
+    nt: int = 64
+    split: int = 1
+    stages: int = 5
+    ring: int = 2
+
+    name = "many"
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.wg
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.wg + (128 if self.registers else 32)
+
+    @property
+    def registers(self) -> int:
+        """Of a thread that multiplies, where those of the warps that only wait are handed over; else 0."""
+        if self.nt * self.wg < 256:
+            return 0
+        each = 65536 // (128 * (self.wg + 1)) // 8 * 8
+        return min(240, (each * (self.wg + 1) - 24) // self.wg // 8 * 8)
+
+    @property
+    def tokens(self) -> int:
+        return self.nt
+
+    def shared(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
+        return 1024 + _table_bytes(layout) + self.nt * max(self.stages * 128, (self.rows + 4) * 4)
+
+    def grid(self, n: int, m: int, sms: int) -> tuple[int, int]:
+        return -(-n // self.rows) * self.split, -(-m // self.nt)
+
+    @property
+    def macros(self) -> dict[str, int]:
+        return {
+            "WG": self.wg, "NT": self.nt, "SPLIT": self.split, "STAGES": self.stages, "RING": self.ring, "RT": 1,
+            "REGISTERS": self.registers, "MANY": 1,
+        }  # fmt: skip
+
+
+Config = Few | Many
+
+
+def _table_bytes(layout: Layout) -> int:
+    return 128 << (2 * layout.bits) if layout.table else 0
+
+
+# ---------------------------------------------------------------- layout
+
+
+def pack(codes: Tensor, layout: Layout) -> Tensor:
+    """codes uint8 [N, K] -> words int32, N padded to `ROWS` and K to whole units."""
+    rows, columns = codes.shape
+    codes = functional.pad(codes, (0, -columns % layout.unit, 0, -rows % ROWS))
+    # row = 16 tile + 8 low + g;  column = 64 block + 16 step + 8 high + 2 c + i
+    split = codes.reshape(-1, 2, 8, codes.shape[1] // 64, 4, 2, 4, 2)
+    tile, low, g, block, step, high, c, i = range(8)
+    by_lane = split.permute(tile, block, g, c, step, high, low, i)
+    values = by_lane.reshape(split.shape[0], split.shape[3], 32, 16, 2).int()  # registers of 4 steps, 2 values each
+    tiles, blocks = values.shape[:2]
+    if layout.bits == 8:
+        words = _joined(values.reshape(tiles, blocks, 32, 8, 4), [0, 8, 16, 24])
+        return words.reshape(tiles, blocks, 32, 2, 4).transpose(2, 3).contiguous()
+    if layout.bits == 3:
+        return _pack_three(values, layout.table).transpose(2, 3).contiguous()
+    bits, per_word = layout.bits, 16 // layout.bits
+    if layout.table:
+        pairs = values[..., 0] | values[..., 1] << bits
+        words = _joined(pairs.reshape(tiles, blocks, 32, -1, per_word), [2 * bits * r for r in range(per_word)])
+    else:
+        flat = values.reshape(tiles, blocks, 32, -1, 2 * per_word)
+        words = _joined(flat, [bits * r + 16 * i for r in range(per_word) for i in range(2)])
+    if bits == 2:  # two blocks of 64 columns to 16 bytes
+        words = words.reshape(tiles, blocks // 2, 2, 32, 2).transpose(2, 3)
+    return words.reshape(tiles, -1, 32, 4).contiguous()
+
+
+def _joined(values: Tensor, shifts: list[int]) -> Tensor:
+    """int32 [..., n] -> [...]: value j at bit shifts[j]."""
+    out = torch.zeros(values.shape[:-1], dtype=torch.int32, device=values.device)
+    for value, shift in zip(values.unbind(-1), shifts, strict=True):
+        out |= value << shift
+    return out
+
+
+def _pack_three(values: Tensor, table: bool) -> Tensor:
+    """[..., 16, 2] -> [..., 3]: five registers to a word, the sixteenth in the bits that are left."""
+    five, last = values[..., :15, :].reshape(*values.shape[:-2], 3, 5, 2), values[..., 15, :]
+    if table:
+        words = _joined(five[..., 0] | five[..., 1] << 3, [6 * r for r in range(5)])
+        pair = last[..., 0] | last[..., 1] << 3
+        rest = [(pair >> 2 * word & 3) << 30 for word in range(3)]
+    else:
+        words = _joined(five.flatten(-2), [3 * r + 16 * i for r in range(5) for i in range(2)])
+        rest = [(last[..., 0] >> word & 1) << 15 | (last[..., 1] >> word & 1) << 31 for word in range(3)]
+    return words | torch.stack(rest, -1)
+
+
+def unpack(words: Tensor, n: int, k: int, layout: Layout) -> Tensor:
+    """`pack` undone: uint8 [n, k]."""
+    tiles, bits = words.shape[0], layout.bits
+    per_word = 16 // bits
+    if bits == 8:
+        by_lane = words.transpose(2, 3).reshape(tiles, -1, 32, 8)
+        values = _split(by_lane, [0, 8, 16, 24], 8).reshape(tiles, -1, 32, 16, 2)
+    elif bits == 3:
+        values = _unpack_three(words.transpose(2, 3), layout.table)
+    else:
+        if bits == 2:
+            words = words.reshape(tiles, -1, 32, 2, 2).transpose(2, 3)
+        by_lane = words.reshape(tiles, -1, 32, bits)
+        if layout.table:
+            shifts = [2 * bits * r + bits * i for r in range(per_word) for i in range(2)]
+        else:
+            shifts = [bits * r + 16 * i for r in range(per_word) for i in range(2)]
+        values = _split(by_lane, shifts, bits).reshape(tiles, -1, 32, 16, 2)
+    split = values.reshape(tiles, -1, 8, 4, 4, 2, 2, 2)
+    tile, block, g, c, step, high, low, i = range(8)
+    codes = split.permute(tile, low, g, block, step, high, c, i).reshape(16 * tiles, -1)
+    return codes[:n, :k].to(torch.uint8).contiguous()
+
+
+def _split(words: Tensor, shifts: list[int], bits: int) -> Tensor:
+    return torch.stack([words >> shift & ((1 << bits) - 1) for shift in shifts], -1)
+
+
+def _unpack_three(words: Tensor, table: bool) -> Tensor:
+    """[..., 3] -> [..., 16, 2]."""
+    if table:
+        five = _split(words, [3 * r for r in range(10)], 3).reshape(*words.shape, 5, 2)
+        pair = sum((words[..., word] >> 30 & 3) << 2 * word for word in range(3))
+        last = torch.stack((pair & 7, pair >> 3), -1)
+    else:
+        five = _split(words, [3 * r + 16 * i for r in range(5) for i in range(2)], 3).reshape(*words.shape, 5, 2)
+        last = torch.stack([sum((words[..., w] >> 15 + 16 * i & 1) << w for w in range(3)) for i in range(2)], -1)
+    return torch.cat((five.reshape(*words.shape[:-1], 15, 2), last[..., None, :]), -2)
+
+
+def pack_groups(values: Tensor, columns: int, layout: Layout) -> Tensor:
+    """[N, G] of one value per row and group -> [tiles, groups, 8, 2]: rows g and g + 8 together, padding zeros."""
+    groups = -(-columns // layout.unit) * layout.unit // layout.group
+    values = functional.pad(values, (0, groups - values.shape[1], 0, -values.shape[0] % ROWS))
+    return values.reshape(-1, 2, 8, groups).permute(0, 3, 2, 1).contiguous()
+
+
+def pack_scales(scale: Tensor, columns: int, layout: Layout) -> tuple[Tensor, Tensor]:
+    """scale [N, G] -> (float16 [tiles, groups, 8, 2], alpha float32 [N]); with group 0: (empty, scale itself)."""
+    scale = scale.float()
+    if layout.group == 0:
+        return torch.empty(0, dtype=torch.float16, device=scale.device), scale.reshape(-1).contiguous()
+    largest = scale.abs().amax(1)
+    alpha = torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest.clamp(min=1e-38)))), 1.0)
+    return pack_groups((scale / alpha[:, None]).half(), columns, layout), alpha
+
+
+def pack_table(levels: Tensor, half: bool, bits: int) -> Tensor:
+    """Levels (at most 2 ** bits) -> int32 [2 ** (2 bits)]: two 16-bit floats an entry."""
+    dtype = torch.float16 if half else torch.bfloat16
+    count = 1 << bits
+    levels = functional.pad(levels.float(), (0, count - levels.numel())).to(dtype)
+    both = torch.stack((levels.repeat(count), levels.repeat_interleave(count)), -1)
+    return both.contiguous().view(torch.int32).reshape(-1)
+
+
+# ---------------------------------------------------------------- launching
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = [
+        ("words", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("zero", ctypes.c_void_p), ("units", ctypes.c_int),
+        ("tiles", ctypes.c_int),
+    ]  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _text() -> str:
+    return (files("fewbits.kernels") / "cuda" / "fragments.cu").read_text(encoding="utf-8")
+
+
+def _wgmma(nt: int, half: bool) -> str:
+    """The function `wgmma` for nt tokens: an asm statement needs its operands spelled out."""
+    count, dtype = nt // 2, "f16" if half else "bf16"
+    acc = ",".join(f"%{i}" for i in range(count))
+    a = ",".join(f"%{count + i}" for i in range(4))
+    operands = ",".join(f'"+f"(d[{i}])' for i in range(count))
+    return f"""DEVICE void wgmma(float* d, const u32* a, u64 tokens, u32 add) {{
+  asm volatile("{{.reg .pred p; setp.ne.b32 p, %{count + 5}, 0;"
+    "wgmma.mma_async.sync.aligned.m64n{nt}k16.f32.{dtype}.{dtype} {{{acc}}}, {{{a}}}, %{count + 4}, p, 1, 1, 0;}}"
+    : {operands} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(add));
+}}"""
+
+
+_DEFAULTS = {
+    "RT": 1,
+    "WARPS": 1,
+    "RESIDENT": 1,
+    "MT": 1,
+    "SPLIT": 1,
+    "RING": 1,
+    "WG": 1,
+    "NT": 8,
+    "STAGES": 3,
+    "REGISTERS": 0,
+}
+
+
+@lru_cache(maxsize=512)
+def source(layout: Layout, macros: tuple[tuple[str, int], ...]) -> str:
+    """fragments.cu for one layout and one choice of the rest."""
+    defined = {**_DEFAULTS, **layout.macros, **dict(macros)}
+    lines = "".join(f"#define {name} {value}\n" for name, value in defined.items())
+    return lines + _text().replace("@WGMMA@", _wgmma(defined["NT"], layout.half) if "MANY" in defined else "")
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(0 if tensor is None or not tensor.numel() else tensor.data_ptr())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """A weight [n, k] as the kernels read it; k is a multiple of 8, x is padded to it."""
+
+    words: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    alpha: Tensor
+    table: Tensor | None
+    n: int
+    k: int
+
+    def argument(self, layout: Layout) -> _Weight:
+        words, scale, zero = (_pointer(tensor).value for tensor in (self.words, self.scale, self.zero))
+        return _Weight(words, scale, zero, -(-self.k // layout.unit), self.words.shape[0])
+
+
+def multiply(x: Tensor, weight: Packed, layout: Layout, config: Config) -> Tensor:
+    """x [M, k] of the layout's dtype, contiguous -> [M, n] by `few` or `many`."""
+    m = x.shape[0]
+    y = torch.empty(m, weight.n, dtype=x.dtype, device=x.device)
+    run = nvrtc.kernel(source(layout, tuple(config.macros.items())), config.name, x.device.index)
+    tokens = _pointer(x) if isinstance(config, Few) else nvrtc.tensor_map(x, (config.nt, 64))
+    arguments = (
+        weight.argument(layout), _pointer(weight.alpha), _pointer(weight.table), tokens, _pointer(y),
+        ctypes.c_int(m), ctypes.c_int(weight.n), ctypes.c_int(weight.k),
+    )  # fmt: skip
+    shared = config.shared(layout, weight.n, weight.k, m, run.multiprocessors)
+    run.launch(config.grid(weight.n, m, run.multiprocessors), config.threads, shared, arguments)
+    return y
+
+
+def dense(weight: Packed, layout: Layout) -> Tensor:
+    """The weight in 16 bits, [n, k]."""
+    dtype = torch.float16 if layout.half else torch.bfloat16
+    out = torch.empty(weight.n, weight.k, dtype=dtype, device=weight.words.device)
+    run = nvrtc.kernel(source(layout, (("DENSE", 1),)), "dense", out.device.index)
+    arguments = (
+        weight.argument(layout), _pointer(weight.alpha), _pointer(weight.table), _pointer(out),
+        ctypes.c_int(weight.n), ctypes.c_int(weight.k),
+    )  # fmt: skip
+    warps = weight.words.shape[0] * -(-weight.k // layout.unit)
+    run.launch((min(-(-warps // 8), 16 * run.multiprocessors), 1), 256, _table_bytes(layout), arguments)
+    return out
+
+
+def fits(config: Config, layout: Layout, n: int, k: int, m: int, sms: int) -> bool:
+    """Whether the configuration takes m tokens and has the shared memory it needs."""
+    if config.split > -(-k // layout.unit) or (isinstance(config, Few) and m > config.tokens):
+        return False
+    return config.shared(layout, n, k, m, sms) <= SHARED_LIMIT

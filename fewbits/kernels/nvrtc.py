@@ -1,0 +1,166 @@
+"""CUDA C++ compiled when it is first needed, and launched.
+
+The compiler (NVRTC) and its Python bindings come with torch's CUDA builds, so nothing is to be installed and no nvcc to
+be found. A kernel takes a second to compile; what was compiled is kept on disk (`~/.cache/fewbits`, or `FEWBITS_CACHE`)
+under a digest of the source, the options and the compiler's version.
+
+Launches use *programmatic dependent launch* (CUDA programming guide): a kernel may start while the one before it ends,
+and waits itself before it reads what that one wrote. This is what keeps memory busy between two small products.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.core.errors import Unsupported
+from fewbits.core.record import atomic_path
+
+Argument = ctypes.c_void_p | ctypes.c_int | ctypes.Structure
+
+
+def available() -> str | None:
+    """None where kernels can be compiled; else the reason why not."""
+    try:
+        from cuda.bindings import driver, nvrtc  # noqa: F401
+    except ImportError:
+        return "cuda-bindings, which compiles kernels, is missing: pip install cuda-bindings"
+    return None
+
+
+def _check(result: tuple[Any, ...]) -> Any:
+    """The value of a call of the bindings, which return (error, value...)."""
+    from cuda.bindings import driver
+
+    error, *values = result
+    if int(error) != 0:
+        name = error.name if not isinstance(error, driver.CUresult) else str(driver.cuGetErrorName(error)[1], "ascii")
+        raise RuntimeError(f"CUDA: {name}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def folder() -> Path:
+    """Where compiled kernels and measured choices are kept."""
+    named = os.environ.get("FEWBITS_CACHE")
+    return Path(named) if named else Path.home() / ".cache" / "fewbits"
+
+
+def compiled(source: str, options: Sequence[str]) -> bytes:
+    """source -> machine code (cubin), from disk where it was compiled before."""
+    from cuda.bindings import nvrtc
+
+    version = _check(nvrtc.nvrtcVersion())
+    digest = hashlib.sha256("\0".join((source, *options, str(version))).encode()).hexdigest()
+    kept = folder() / f"{digest[:32]}.cubin"
+    if kept.is_file():
+        return kept.read_bytes()
+    program = _check(nvrtc.nvrtcCreateProgram(source.encode(), b"fewbits.cu", 0, [], []))
+    given = [option.encode() for option in options]
+    error, *_ = nvrtc.nvrtcCompileProgram(program, len(given), given)
+    if int(error) != 0:
+        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
+        _check(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"a kernel did not compile ({' '.join(options)}):\n{log.decode(errors='replace')}")
+    cubin = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
+    _check(nvrtc.nvrtcGetCUBIN(program, cubin))
+    _check(nvrtc.nvrtcDestroyProgram(program))
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(kept) as path:
+            path.write_bytes(cubin)
+    except OSError:
+        pass  # a cache that cannot be written is compiled again
+    return cubin
+
+
+def options(device: int) -> tuple[str, ...]:
+    """What kernels are compiled with for `device` (an index)."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"--gpu-architecture=sm_{major}{minor}{'a' if major >= 9 else ''}", "--std=c++17"
+
+
+class CudaKernel:
+    """One kernel of a compiled source on one device."""
+
+    def __init__(self, source: str, name: str, device: int) -> None:
+        from cuda.bindings import driver
+
+        if (reason := available()) is not None:
+            raise Unsupported(reason)
+        major, _ = torch.cuda.get_device_capability(device)
+        self.dependent = major >= 9
+        with torch.cuda.device(device):
+            torch.cuda.current_stream().synchronize()  # makes torch's context the current one
+            module = _check(driver.cuModuleLoadData(compiled(source, options(device))))
+            self.function = _check(driver.cuModuleGetFunction(module, name.encode()))
+        self._shared = 28 << 10  # with what a kernel has beside it, under the 48 KB that need no asking
+        self._driver = driver
+        self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def launch(self, grid: tuple[int, int], threads: int, shared: int, arguments: Sequence[Argument]) -> None:
+        """On torch's current stream. `shared`: bytes of dynamic shared memory."""
+        driver = self._driver
+        if shared > self._shared:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check(driver.cuFuncSetAttribute(self.function, attribute, shared))
+            self._shared = shared
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1)
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = shared
+        config.hStream = torch.cuda.current_stream().cuda_stream
+        if self.dependent:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        _check(driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(pointers), 0))
+
+
+class TensorMap(ctypes.Structure):
+    """What the tensor memory accelerator is told of a matrix; passed to a kernel by value."""
+
+    _align_ = 64
+    _fields_ = [("bytes", ctypes.c_uint8 * 128)]
+
+
+def tensor_map(x: Tensor, box: tuple[int, int]) -> TensorMap:
+    """x [rows, columns] of 16-bit floats, contiguous, rows of a multiple of 16 bytes, read in boxes of (rows, columns)
+    with a 128-byte swizzle; zeros beyond its edges."""
+    from cuda.bindings import driver
+
+    kinds = driver.CUtensorMapDataType
+    half = x.dtype == torch.float16
+    made = _check(
+        driver.cuTensorMapEncodeTiled(
+            kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if half else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            2,
+            x.data_ptr(),
+            [driver.cuuint64_t(x.shape[1]), driver.cuuint64_t(x.shape[0])],
+            [driver.cuuint64_t(2 * x.shape[1])],
+            [driver.cuuint32_t(box[1]), driver.cuuint32_t(box[0])],
+            [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+    out = TensorMap()
+    ctypes.memmove(ctypes.addressof(out), made.getPtr(), 128)
+    return out
+
+
+@lru_cache(maxsize=512)
+def kernel(source: str, name: str, device: int) -> CudaKernel:
+    """Kernel `name` of `source`, compiled for `device` (an index) once a process."""
+    return CudaKernel(source, name, device)

@@ -1,0 +1,102 @@
+"""Which kernel, with which choices, for a product: what was measured, on this device or the one most like it.
+
+A file of measured choices, `tuned/<device>.json` beside this one, or in the cache folder where `fewbits bench kernels
+--tune` leaves it (which goes first), holds
+
+    {"device": "NVIDIA H200", "capability": 9, "environment": {...},
+     "cases": [{"bits": 4, "table": false, "group": 128, "n": 4096, "k": 4096, "m": 16,
+                "kernel": "few", "choices": {...}}]}
+
+`kernel` is few, many or dense. A product takes the case of the same bits and kind of codes (else of any) whose N, K and
+number of tokens are nearest, on a scale of logarithms, among those that fit it. No file for the device: one of the same
+major capability; none at all: rules of thumb.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fewbits.kernels import nvrtc
+from fewbits.kernels.fragments import Config, Few, Layout, Many, fits
+
+KERNELS: dict[str, type[Few] | type[Many]] = {"few": Few, "many": Many}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A measured product and the fastest choice; None: decode once."""
+
+    bits: int
+    table: bool
+    group: int
+    n: int
+    k: int
+    m: int
+    config: Config | None
+
+
+def file_name(device: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split()) + ".json"
+
+
+def _case(row: dict[str, Any]) -> Case:
+    kind = KERNELS.get(row["kernel"])
+    shape = {name: row[name] for name in ("bits", "table", "group", "n", "k", "m")}
+    return Case(**shape, config=None if kind is None else kind(**row["choices"]))
+
+
+@lru_cache(maxsize=8)
+def cases(device: str, capability: int) -> tuple[Case, ...]:
+    """The cases measured on `device`, else on another of its capability; empty where there are none."""
+    own = nvrtc.folder() / "tuned" / file_name(device)
+    shipped = [Path(str(entry)) for entry in (files("fewbits.kernels") / "tuned").iterdir()]
+    found = [own, *(path for path in shipped if path.name == file_name(device))]
+    for path in [*found, *sorted(shipped)]:
+        if not path.is_file():
+            continue
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if path in found or record["capability"] == capability:
+            return tuple(_case(row) for row in record["cases"])
+    return ()
+
+
+def _distance(case: Case, layout: Layout, n: int, k: int, m: int) -> float:
+    kind = 8.0 * ((case.bits, case.table) != (layout.bits, layout.table)) + 1.0 * (case.group != layout.group)
+    shape = abs(math.log2(case.n / n)) + abs(math.log2(case.k / k))
+    # from 17 tokens on one case does not stand for many more tokens than its own
+    return kind + shape + 2.0 * abs(math.log2(case.m / m)) + (1.0 if m > case.m else 0.0)
+
+
+def choice(device: str, capability: int, layout: Layout, n: int, k: int, m: int, sms: int) -> Config | None:
+    """The kernel for x [m, k] times a weight [n, k]; None: decode the weight once for a dense product."""
+    nearest = sorted(cases(device, capability), key=lambda case: _distance(case, layout, n, k, m))
+    for case in nearest:
+        if case.config is None:
+            return None
+        config = case.config
+        if capability < 9 and (isinstance(config, Many) or config.split > 1):
+            continue
+        if fits(config, layout, n, k, m, sms):
+            return config
+    return rule(capability, layout, n, k, m, sms)
+
+
+def rule(capability: int, layout: Layout, n: int, k: int, m: int, sms: int) -> Config | None:
+    """A choice without measurements."""
+    for config in (Few(), Few(mt=2), Few(mt=2, warps=8), Few(mt=2, split=2), Few(mt=2, split=4)):
+        if (capability >= 9 or config.split == 1) and m <= 16 and fits(config, layout, n, k, m, sms):
+            return config
+    if capability >= 9 and m <= 256:
+        nt = next(size for size in (16, 32, 64, 128) if m <= size or size == 128)
+        blocks = -(-n // 128) * -(-m // nt)
+        for split in (8, 4, 2, 1):
+            config = Many(nt=nt, split=split)
+            if (split == 1 or blocks * split <= 2 * sms) and fits(config, layout, n, k, m, sms):
+                return config
+    return None

@@ -1,0 +1,129 @@
+"""Search for the fastest choices of `few`, `many` and `dense`, product by product.
+
+Candidates are compiled first, on all cores, then timed (timing.py) on random weights. A file of the fastest goes where
+`tuned.py` looks. Five shapes at seven numbers of tokens take about a minute on an H200 with 16 cores.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fewbits.kernels import fragments, nvrtc
+from fewbits.kernels.fragments import Config, Few, Layout, Many, fits
+from fewbits.kernels.timing import copies, microseconds
+
+Progress = Callable[[str], None]
+DENSE_FROM = 256  # tokens
+
+
+def candidates(m: int) -> list[Config]:
+    """What is tried for m tokens."""
+    found: list[Config] = []
+    if m <= 8:
+        one = [
+            (1, 16, 2, 1, 2), (1, 16, 3, 1, 1), (1, 16, 4, 1, 1), (1, 8, 4, 2, 2), (2, 16, 2, 1, 1), (2, 8, 2, 2, 2),
+            (1, 12, 4, 1, 2), (1, 4, 2, 32, 6), (1, 8, 2, 32, 4), (1, 16, 2, 32, 2), (1, 8, 4, 32, 3), (2, 4, 2, 32, 4),
+        ]  # fmt: skip
+        found += [
+            Few(rt=rt, warps=warps, ring=ring, per_sm=per_sm, resident=resident, split=split)
+            for rt, warps, ring, per_sm, resident in one for split in (1, 2)
+        ]  # fmt: skip
+    if 4 < m <= 16:
+        two = [(1, 16, 2, 1), (1, 16, 4, 1), (1, 8, 4, 2), (2, 16, 2, 1), (2, 12, 3, 1), (2, 8, 2, 2), (4, 8, 2, 1)]
+        found += [
+            Few(rt=rt, warps=warps, ring=ring, per_sm=per_sm, resident=per_sm, mt=2, split=split)
+            for rt, warps, ring, per_sm in two for split in (1, 2, 4)
+        ]  # fmt: skip
+    if m > 8:
+        wide = [
+            (16, 1, 8, 2), (16, 1, 8, 4), (16, 2, 8, 2), (32, 1, 8, 2), (32, 1, 8, 4), (32, 2, 8, 2), (32, 4, 8, 2),
+            (64, 1, 6, 2), (64, 2, 6, 4), (64, 3, 6, 2), (64, 4, 6, 2), (64, 4, 8, 2), (96, 3, 6, 2), (128, 1, 6, 2),
+            (128, 2, 6, 2), (128, 3, 6, 2), (192, 2, 5, 2), (256, 1, 4, 2), (256, 2, 4, 2), (256, 2, 5, 2),
+        ]  # fmt: skip
+        found += [
+            Many(nt=nt, wg=wg, stages=stages, ring=ring, split=split)
+            for nt, wg, stages, ring in wide for split in (1, 2, 4, 8)
+            if m / 8 <= nt < max(2 * m, 32)
+        ]  # fmt: skip
+    return found
+
+
+def random_weight(layout: Layout, n: int, k: int, device: torch.device) -> fragments.Packed:
+    """A weight of random codes in the packed order."""
+    shape = fragments.pack(torch.zeros(fragments.ROWS, k, dtype=torch.uint8), layout).shape
+    tiles = -(-n // fragments.ROWS) * fragments.ROWS // 16
+    groups = -(-k // layout.unit) * layout.unit // layout.group if layout.group else 0
+    words = torch.randint(-(2**31), 2**31 - 1, (tiles, *shape[1:]), device=device, dtype=torch.int32)
+    zero = torch.randint(0, 1 << layout.bits, (tiles, groups, 8, 2), device=device, dtype=torch.uint8)
+    levels = torch.randn(1 << layout.bits, device=device)
+    return fragments.Packed(
+        words=words, scale=torch.rand(tiles, groups, 8, 2, device=device).half(), zero=zero if layout.zero else None,
+        alpha=torch.ones(n, device=device), n=n, k=k,
+        table=fragments.pack_table(levels, layout.half, layout.bits) if layout.table else None,
+    )  # fmt: skip
+
+
+def run(x: Tensor, weight: fragments.Packed, layout: Layout, config: Config | None) -> Tensor:
+    if config is None:
+        return functional.linear(x, fragments.dense(weight, layout))
+    return fragments.multiply(x, weight, layout, config)
+
+
+def weight_bytes(weight: fragments.Packed) -> int:
+    parts = (weight.words, weight.scale, weight.zero, weight.alpha)
+    return sum(part.numel() * part.element_size() for part in parts if part is not None)
+
+
+def compile_all(layout: Layout, configs: Sequence[Config], device: int) -> None:
+    """Compiles on all cores; a compiler's thread leaves the interpreter to others."""
+    sources = {fragments.source(layout, tuple(config.macros.items())) for config in configs}
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        list(pool.map(lambda text: nvrtc.compiled(text, nvrtc.options(device)), sources))
+
+
+def tune(
+    layout: Layout, shapes: Sequence[tuple[int, int]], tokens: Sequence[int], device: torch.device, say: Progress
+) -> list[dict[str, Any]]:
+    """The fastest choice of every shape (n, k) and number of tokens, as rows of `tuned.py`, with its microseconds."""
+    index = device.index or 0
+    sms = torch.cuda.get_device_properties(index).multi_processor_count
+    hopper = torch.cuda.get_device_capability(index)[0] >= 9
+    tried = {config for m in tokens for config in candidates(m)}
+    usable = {config for config in tried if hopper or (isinstance(config, Few) and config.split == 1)}
+    say(f"compiling {len(usable)} kernels for {layout.bits} bits")
+    compile_all(layout, sorted(usable, key=str), index)
+    cases = []
+    for n, k in shapes:
+        size = weight_bytes(random_weight(layout, n, k, device))
+        weights = [random_weight(layout, n, k, device) for _ in range(copies(size))]
+        for m in tokens:
+            x = torch.randn(m, k, device=device, dtype=torch.float16 if layout.half else torch.bfloat16)
+            configs: list[Config | None] = [
+                config for config in candidates(m) if config in usable and fits(config, layout, n, k, m, sms)
+            ]
+            if m >= DENSE_FROM or not configs:
+                configs.append(None)
+            times = []
+            for config in configs:
+                some = weights if m <= DENSE_FROM else weights[:4]
+                times.append(microseconds([lambda w=weight, c=config: run(x, w, layout, c) for weight in some]))  # noqa: B023
+            best = min(range(len(configs)), key=times.__getitem__)
+            chosen = configs[best]
+            say(f"{n} x {k}, {m} tokens: {times[best]:.1f} us, {'dense' if chosen is None else chosen}")
+            cases.append(
+                {
+                    "bits": layout.bits, "table": layout.table, "group": layout.group, "n": n, "k": k, "m": m,
+                    "kernel": "dense" if chosen is None else chosen.name,
+                    "choices": {} if chosen is None else asdict(chosen), "microseconds": round(times[best], 2),
+                }
+            )  # fmt: skip
+        del weights
+    return cases

@@ -1,0 +1,112 @@
+"""Weights in the tensor cores' order: codes come back, each thread finds its own, choices are found."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from fewbits.formats import parse_format
+from fewbits.kernels import fragments, nvrtc, tuned
+from fewbits.kernels.base import No
+from fewbits.kernels.cuda_fragments import layout_of
+from fewbits.kernels.fragments import Few, Layout, Many, fits
+
+
+def layout(bits: int, table: bool = False, group: int = 128, zero: bool = False) -> Layout:
+    return Layout(bits=bits, table=table, group=group, zero=zero, offset=1 << (bits - 1), half=False)
+
+
+@pytest.mark.parametrize(
+    ("bits", "table"), [(2, False), (3, False), (4, False), (8, False), (2, True), (3, True), (4, True)]
+)
+@pytest.mark.parametrize("shape", [(16, 64), (100, 300), (64, 128), (1, 8)])
+def test_packing_is_undone(bits: int, table: bool, shape: tuple[int, int]) -> None:
+    codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8)
+    words = fragments.pack(codes, layout(bits, table))
+    assert words.dtype == torch.int32 and words.is_contiguous()
+    padded = -(-shape[0] // fragments.ROWS) * fragments.ROWS * -(-shape[1] // 128) * 128
+    assert words.numel() * 32 == padded * bits  # not a bit more
+    assert torch.equal(fragments.unpack(words, *shape, layout(bits, table)), codes)
+
+
+def test_a_thread_holds_what_the_matrix_instruction_wants() -> None:
+    """PTX ISA, fragments of mma.m16n8k16: by the formula, value by value."""
+    codes = torch.randint(0, 16, (64, 128), dtype=torch.uint8)
+    words = fragments.pack(codes, layout(4)).long()
+    for tile, block, lane, step in [(0, 0, 0, 0), (1, 1, 5, 2), (3, 0, 31, 3), (2, 1, 18, 1)]:
+        word, g, c = int(words[tile, block, lane, step]), lane // 4, lane % 4
+        for r in range(4):
+            for i in range(2):
+                row, column = 16 * tile + g + 8 * (r % 2), 64 * block + 16 * step + 2 * c + 8 * (r // 2) + i
+                assert word >> (4 * r + 16 * i) & 15 == codes[row, column]
+
+
+def test_scales_keep_their_digits() -> None:
+    scale = (torch.rand(70, 5) * torch.logspace(-12, 3, 70)[:, None]).half().float()
+    packed, alpha = fragments.pack_scales(scale, 5 * 128, layout(4))
+    tiles, groups, _, _ = packed.shape
+    rows = packed.permute(0, 3, 2, 1).reshape(16 * tiles, groups)[:70, :5].float() * alpha[:, None]
+    assert torch.equal(rows, scale.half().float())
+    assert torch.equal(alpha, torch.exp2(torch.log2(alpha).round()))  # powers of two
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [
+        ("int4-g128", True), ("int4-asym-g64", True), ("int2-g64", True), ("int3-asym-g32", True),
+        ("int8-channel", True), ("nf4-g64", True), ("fp4_e2m1-g16", True), ("int4-tensor", True),
+        ("int4-asym-channel", True), ("int4-g96", True),
+        ("int5-g64", False), ("fp8_e4m3-channel", False), ("int4-g72", False), ("q4_k", False),
+    ],
+)  # fmt: skip
+def test_which_formats_have_an_order(name: str, taken: bool) -> None:
+    found = layout_of(parse_format(name), 1024, False)
+    assert isinstance(found, Layout) == taken
+    if isinstance(found, No):
+        assert found.reason
+
+
+def test_choices_come_from_the_nearest_measured_product(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path))
+    near = {"bits": 4, "table": False, "group": 128, "n": 4096, "k": 4096}
+    record = {
+        "device": "Some GPU 9", "capability": 9,
+        "cases": [
+            {**near, "m": 1, "kernel": "few", "choices": {"warps": 8}},
+            {**near, "m": 64, "kernel": "many", "choices": {"nt": 64, "split": 2}},
+            {**near, "m": 4096, "kernel": "dense", "choices": {}},
+        ],
+    }  # fmt: skip
+    path = nvrtc.folder() / "tuned" / tuned.file_name("Some GPU 9")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(record))
+    tuned.cases.cache_clear()
+    shape = (4096, 5120)
+    assert tuned.choice("Some GPU 9", 9, layout(4), *shape, 1, 132) == Few(warps=8)
+    assert tuned.choice("Some GPU 9", 9, layout(3), *shape, 2, 132) == Few(warps=8)
+    assert tuned.choice("Some GPU 9", 9, layout(4), *shape, 48, 132) == Many(nt=64, split=2)
+    assert tuned.choice("Some GPU 9", 9, layout(4), *shape, 10000, 132) is None
+    tuned.cases.cache_clear()
+
+
+@pytest.mark.parametrize("capability", [8, 9])
+def test_without_measurements_rules_of_thumb_fit(capability: int) -> None:
+    for m in (1, 3, 8, 9, 16, 17, 64, 200, 256, 300):
+        for n, k in ((64, 128), (576, 576), (28672, 4096), (4096, 14336), (8192, 28672)):
+            config = tuned.rule(capability, layout(4), n, k, m, 108)
+            if config is None:
+                assert m > 256 or (capability < 9 and (m > 8 or k > 8192))
+                continue
+            assert fits(config, layout(4), n, k, m, 108)
+            assert capability >= 9 or (isinstance(config, Few) and config.split == 1)
+
+
+def test_every_choice_says_all_macros() -> None:
+    for config in (Few(), Many()):
+        text = fragments.source(layout(4, zero=True), tuple(config.macros.items()))
+        head = text[: text.index("// Products with weights")]
+        for name in ("BITS", "TABLE", "GROUP", "UNIT", "ZERO", "OFFSET", "HALF", "RT", "SPLIT", "RING"):
+            assert f"#define {name} " in head
+        assert "@WGMMA@" not in text or isinstance(config, Few)
