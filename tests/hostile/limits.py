@@ -1,17 +1,25 @@
-"""What a broken file may cost: a second, 200 MB, and an error that is ours."""
+"""What a broken file may cost: a second, 200 MB, and an error that is ours; and which of the cases always run."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from fewbits.core.errors import FewbitsError
 
 SECONDS = 1.0
 BYTES = 200 << 20
+
+
+def first_fast(cases: Iterable[Any]) -> list[Any]:
+    """`cases` as parameters; all but the first go the same ways through the code, and are marked slow."""
+    first, *others = cases
+    return [first, *(pytest.param(case, marks=pytest.mark.slow) for case in others)]
 
 
 def _resident(field: str) -> int:

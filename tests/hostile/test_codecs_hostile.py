@@ -8,7 +8,7 @@ that is missing or one of another shape.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +87,16 @@ def fixtures() -> list[Any]:
     found = []
     for path in sorted(FOLDER.glob("*.safetensors")):
         file = SafetensorsFile(path)
-        found += [pytest.param(file, case, id=f"{path.stem}-{case}") for case in json.loads(file.metadata["cases"])]
-    made = Made()
-    return found + [pytest.param(made, case, id=f"exl3-{case}") for case in Made.CASES]
+        found += _cases(path.stem, file, json.loads(file.metadata["cases"]))
+    return found + _cases("exl3", Made(), Made.CASES)
+
+
+def _cases(kind: str, file: SafetensorsFile | Made, cases: Iterable[str]) -> list[Any]:
+    """The first case of a format always runs."""
+    return [
+        pytest.param(file, case, id=f"{kind}-{case}", marks=[pytest.mark.slow] if position else [])
+        for position, case in enumerate(cases)
+    ]
 
 
 def extreme(value: Tensor, largest: bool) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from limits import attempt, refused
+from limits import attempt, first_fast, refused
 from tiny_runtime_models import saved, tiny_llama
 from tiny_tokenizers import sentencepiece
 
@@ -29,7 +29,7 @@ VALUES: list[Any] = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=first_fast(FAMILIES))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A sound directory of each family, loaded once so that imports are not counted."""
     directory = tmp_path_factory.mktemp(request.param)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from limits import attempt, refused
+from limits import attempt, first_fast, refused
 from test_gguf_hostile import ARRAY, F32, STRING, U32, array, key, text
 from tiny_runtime_models import saved, tiny_llama
 from tiny_tokenizers import byte_level, sentencepiece, unigram
@@ -60,7 +60,7 @@ VALUES: dict[str, tuple[int, bytes]] = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=first_fast(FAMILIES))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GGUFSource]:
     folder = tmp_path_factory.mktemp(request.param)
     saved(tiny_llama(layers=1, **FAMILIES[request.param]), folder / "m")
