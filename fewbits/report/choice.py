@@ -8,7 +8,7 @@ from typing import Any
 
 from fewbits.core.units import duration_text
 from fewbits.report.certificate import Certificate, number, positive, text
-from fewbits.report.figure import BASELINE, INK, METHOD, MUTED, SERIES, figure
+from fewbits.report.figure import BASELINE, INK, METHOD, MUTED, SERIES, figure, label_steps
 from fewbits.report.tables import table
 from fewbits.report.words import DASH, esc
 
@@ -156,18 +156,8 @@ def _series(axis: Any, members: list[Tried], colour: str, marker: str, most: int
 
 
 def _logarithmic(axis: Any, side: Any, low: float, high: float) -> None:
-    """A logarithmic axis from `low` to `high`, labelled at decades, at 1-2-5 steps, or finer when short."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
+    """A logarithmic axis from `low` to `high`."""
     name = side.axis_name
     getattr(axis, f"set_{name}scale")("log")
     getattr(axis, f"set_{name}lim")(low, high)
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks: list[float] = []
-    for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
-        ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
-        if len(ticks) > 2:
-            break
-    side.set_major_locator(FixedLocator(ticks))
-    side.set_minor_locator(NullLocator())
-    side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    label_steps(side, low, high, lambda value: f"{value:g}")

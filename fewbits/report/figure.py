@@ -14,6 +14,7 @@ from __future__ import annotations
 import html
 import importlib.resources
 import io
+import math
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -98,6 +99,21 @@ def _light() -> dict[str, str]:
     style = importlib.resources.files("fewbits.report").joinpath("page.css").read_text(encoding="utf-8")
     found = re.findall(r"--([a-z0-9]+): (#[0-9a-f]{6});", style[: style.index("@media")])
     return dict(found)
+
+
+def label_steps(side: Any, low: float, high: float, text: Callable[[float], str]) -> None:
+    """Labels the logarithmic `side` of an axis at decades, at 1-2-5 steps, or finer when short; seven at most."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
+    for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
+        ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
+        if len(ticks) > 2:
+            break
+    side.set_major_locator(FixedLocator(ticks[:: math.ceil(len(ticks) / 7) or 1]))
+    side.set_minor_locator(NullLocator())
+    side.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
 
 
 def save(path: Path, draw: Callable[[Any, bool], None], height: float) -> list[Path]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fewbits.report.certificate import Certificate, Distribution, Layer, Row
-from fewbits.report.figure import BASELINE, GRID, INK, LINE, METHOD, MUTED, figure
+from fewbits.report.figure import BASELINE, GRID, INK, LINE, METHOD, MUTED, figure, label_steps
 from fewbits.report.words import change, percent
 
 _MAX_KINDS = 12
@@ -19,18 +19,8 @@ _MAX_DISTRIBUTIONS = 6
 
 
 def _percent_axis(axis: Any, low: float, high: float) -> None:
-    """A logarithmic axis of shares, labelled in percent: at decades, at 1-2-5 steps, or finer when short."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks: list[float] = []
-    for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
-        ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
-        if len(ticks) > 2:
-            break
-    axis.set_major_locator(FixedLocator(ticks[:: math.ceil(len(ticks) / 7) or 1]))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
+    """A logarithmic axis of shares, labelled in percent."""
+    label_steps(axis, low, high, lambda value: f"{100 * value:.3g} %")
 
 
 def _beside(axis: Any, x: float, y: float, label: str) -> None:
