@@ -96,8 +96,7 @@ def main() -> None:
         f"{table(record)}\n\n![KL against time](images/auto.svg)\n\nOn {where}. {source_line(path, 'bench_auto.py')}"
     )
     write_between(PAGE, auto=content)
-    save(FIGURE, lambda figure, wide: draw(figure, wide, record), 4.2)
-    FIGURE.with_suffix(".png").unlink()
+    save(FIGURE, lambda figure, wide: draw(figure, wide, record), 4.2, kinds=["svg"])
 
 
 if __name__ == "__main__":

@@ -72,8 +72,7 @@ def main() -> None:
     path, record = found
     figure = "![Bits against KL, uniform and planned](images/mixed.svg)"
     write_between(PAGE, mixed=f"{table(record)}\n\n{figure}\n\n{source_line(path, 'bench_mixed.py')}")
-    save(FIGURE, lambda canvas, _: draw(canvas, record), 3.6)
-    FIGURE.with_suffix(".png").unlink()
+    save(FIGURE, lambda canvas, _: draw(canvas, record), 3.6, kinds=["svg"])
 
 
 if __name__ == "__main__":

@@ -21,8 +21,7 @@ def main() -> None:
         return
     path, record = found
     write_between(PAGE, peers=f"{page(record)} {source_line(path, 'bench_peers.py')}")
-    save(FIGURE, lambda figure, wide: draw(record, figure, wide), 4.6)
-    FIGURE.with_suffix(".png").unlink()
+    save(FIGURE, lambda figure, wide: draw(record, figure, wide), 4.6, kinds=["svg"])
 
 
 if __name__ == "__main__":

@@ -70,8 +70,7 @@ def main() -> None:
         raise SystemExit('no "w4a4" record under benchmarks/results: run benchmarks/bench_w4a4.py first')
     path, record = found
     rows = sorted(record["rows"], key=lambda row: -row["lost"]["mean"])
-    save(FIGURE, lambda figure, wide: draw(figure, rows), 0.27 * len(rows) + 0.7)
-    FIGURE.with_suffix(".svg").unlink()  # the page shows the PNG
+    save(FIGURE, lambda figure, wide: draw(figure, rows), 0.27 * len(rows) + 0.7, kinds=["png"])
     write_between(PAGE, table=f"{table(record)}\n{source_line(path)}")
 
 

@@ -141,8 +141,7 @@ def main() -> None:
         raise SystemExit('no "w8a8" record under benchmarks/results: run benchmarks/bench_w8a8.py first')
     path, record = found
     rows = {(row["name"], row["factor"]): row for row in record["rows"]}
-    save(FIGURE, lambda figure, wide: draw(figure, rows), 4.6)
-    FIGURE.with_suffix(".svg").unlink()  # the page shows the PNG
+    save(FIGURE, lambda figure, wide: draw(figure, rows), 4.6, kinds=["png"])
     any_row, device = record["rows"][0], record["environment"].get("device", "")
     said = _TEXT.format(
         factors=by_factor(rows), one=at_one(rows), source=source_line(path), windows=any_row["text"]["samples"],

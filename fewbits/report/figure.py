@@ -16,7 +16,7 @@ import importlib.resources
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -116,20 +116,22 @@ def label_steps(side: Any, low: float, high: float, text: Callable[[float], str]
     side.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
 
 
-def save(path: Path, draw: Callable[[Any, bool], None], height: float) -> list[Path]:
+def save(
+    path: Path, draw: Callable[[Any, bool], None], height: float, kinds: Sequence[str] = ("png", "svg")
+) -> list[Path]:
     """Writes what `draw` draws wide as `path`.png and `path`.svg, in the page's light colours; their paths."""
     _matplotlib()
     from matplotlib.figure import Figure
 
     colours, written = _light(), []
-    for suffix in (".png", ".svg"):
+    for kind in kinds:
         with styled(colours):
             canvas = Figure(figsize=(WIDE, height), layout="constrained", facecolor=SURFACE)
             draw(canvas, True)
-            target = path.with_name(path.name + suffix)
+            target = path.with_name(f"{path.name}.{kind}")
             with atomic_path(target) as temporary:
-                about = {"Software": None} if suffix == ".png" else {"Date": None, "Creator": None}
-                canvas.savefig(temporary, format=suffix[1:], dpi=160, metadata=about, facecolor=SURFACE)
+                about = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
+                canvas.savefig(temporary, format=kind, dpi=160, metadata=about, facecolor=SURFACE)
         written.append(target)
     return written
 
