@@ -277,6 +277,20 @@ _LARGEST = torch.finfo(torch.float32).max
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
+def entries_with(source: Source, mark: str, parts: Iterable[str], about: Any = None) -> dict[str, Entry]:
+    """The modules that have a tensor called `mark`, each with those of `parts` that it has."""
+    names = source.names()
+    present, parts = set(names), tuple(parts)
+    return {
+        module: Entry(
+            tensor=f"{module}.weight",
+            parts=tuple(name for part in parts if (name := f"{module}.{part}") in present),
+            about=about,
+        )
+        for module in modules_with(names, mark)
+    }
+
+
 def modules_with(names: Iterable[str], suffix: str) -> list[str]:
     """The modules that have a tensor called `suffix`."""
     return [name.removesuffix(f".{suffix}") for name in names if name.endswith(f".{suffix}")]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoints.base import Source
-from fewbits.checkpoints.codecs import Codec, Dense, Entry, modules_with, tensor_named
+from fewbits.checkpoints.codecs import Codec, Dense, Entry, entries_with, tensor_named
 from fewbits.checkpoints.words import from_words
 from fewbits.core.errors import BadInput
 from fewbits.formats import bits as packing
@@ -39,15 +39,7 @@ class EXL2(Codec):
         return bool(quantization.get("quant_method") == "exl2")
 
     def entries(self, source: Source) -> dict[str, Entry]:
-        names = source.names()
-        present = set(names)
-        return {
-            module: Entry(
-                tensor=f"{module}.weight",
-                parts=tuple(name for part in _PARTS if (name := f"{module}.{part}") in present),
-            )
-            for module in modules_with(names, "q_weight")
-        }
+        return entries_with(source, "q_weight", _PARTS)
 
     def read(self, source: Source, module: str, entry: Entry) -> Dense:
         words = tensor_named(source, f"{module}.q_weight", 2, torch.int32)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoints.base import Source
-from fewbits.checkpoints.codecs import FLOATS, Codec, Dense, Entry, Layer, Stored, modules_with, tensor_named
+from fewbits.checkpoints.codecs import FLOATS, Codec, Dense, Entry, Layer, Stored, entries_with, tensor_named
 from fewbits.checkpoints.words import from_e4m3, to_e4m3
 from fewbits.core.errors import BadInput
 from fewbits.formats import Format, parse_format
@@ -39,17 +39,8 @@ class FP8(Codec):
         return bool(quantization.get("quant_method") == "fp8")
 
     def entries(self, source: Source) -> dict[str, Entry]:
-        names, about = source.names(), source.config().get("quantization_config", {})
-        present = set(names)
         parts = ("weight", "weight_scale_inv", "activation_scale", "input_scale")
-        return {
-            module: Entry(
-                tensor=f"{module}.weight",
-                parts=tuple(name for part in parts if (name := f"{module}.{part}") in present),
-                about=about,
-            )
-            for module in modules_with(names, "weight_scale_inv")
-        }
+        return entries_with(source, "weight_scale_inv", parts, source.config().get("quantization_config", {}))
 
     def read(self, source: Source, module: str, entry: Entry) -> Stored | Dense:
         stored = tensor_named(source, f"{module}.weight", 2, torch.float8_e4m3fn)

@@ -39,8 +39,8 @@ from fewbits.checkpoints.codecs import (
     Entry,
     Layer,
     Stored,
+    entries_with,
     group_name,
-    modules_with,
     reorder_columns,
     tensor_named,
 )
@@ -84,17 +84,8 @@ class GPTQ(Codec):
         return quantization.get("quant_method") == "gptq" and _version(quantization) == self.version
 
     def entries(self, source: Source) -> dict[str, Entry]:
-        names, about = source.names(), source.config().get("quantization_config", {})
-        present = set(names)
         parts = ("qweight", "qzeros", "scales", "g_idx")
-        return {
-            module: Entry(
-                tensor=f"{module}.weight",
-                parts=tuple(name for part in parts if (name := f"{module}.{part}") in present),
-                about=about,
-            )
-            for module in modules_with(names, "qweight")
-        }
+        return entries_with(source, "qweight", parts, source.config().get("quantization_config", {}))
 
     def read(self, source: Source, module: str, entry: Entry) -> Stored | Dense:
         about = entry.about

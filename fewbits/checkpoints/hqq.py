@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoints.base import Source
-from fewbits.checkpoints.codecs import FLOATS, Codec, Dense, Entry, Stored, group_name, modules_with, tensor_named
+from fewbits.checkpoints.codecs import FLOATS, Codec, Dense, Entry, Stored, entries_with, group_name, tensor_named
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.formats import bits as packing
 from fewbits.formats import parse_format
@@ -52,14 +52,7 @@ class HQQ(Codec):
         return bool(quantization.get("quant_method") == "hqq")
 
     def entries(self, source: Source) -> dict[str, Entry]:
-        names = source.names()
-        present = set(names)
-        return {
-            module: Entry(
-                tensor=f"{module}.weight", parts=tuple(name for key in _KEYS if (name := f"{module}.{key}") in present)
-            )
-            for module in modules_with(names, "W_q")
-        }
+        return entries_with(source, "W_q", _KEYS)
 
     def read(self, source: Source, module: str, entry: Entry) -> Stored | Dense:
         rows, columns = _shape(source.tensor(f"{module}.shape"))
