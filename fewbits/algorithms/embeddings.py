@@ -19,8 +19,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from fewbits.algorithms.base import Rewritten
-from fewbits.algorithms.rotate import RotatedSource
 from fewbits.checkpoints.base import Source, TensorInfo
+from fewbits.checkpoints.changed import ChangedSource
 from fewbits.core.errors import BadInput
 from fewbits.formats import Format, parse_format
 from fewbits.models.topology import find_topology
@@ -55,11 +55,11 @@ class Embeddings:
         return Rewritten(source=_Rounded(source, name, format), notes=notes)
 
 
-class _Rounded(RotatedSource):
+class _Rounded(ChangedSource):
     """`inner` with one tensor rounded when it is read."""
 
     def __init__(self, inner: Source, name: str, format: Format) -> None:
-        super().__init__(inner, {}, {})
+        super().__init__(inner)
         self._name, self._format = name, format
 
     def info(self, name: str) -> TensorInfo:

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from fewbits.algorithms.base import Rewritten
-from fewbits.algorithms.rotate import RotatedSource, readers_on_disk
+from fewbits.algorithms.rotate import readers_on_disk
 from fewbits.checkpoints.base import Source, TensorInfo
+from fewbits.checkpoints.changed import ChangedSource
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.models.skeleton import skeleton
 from fewbits.models.topology import find_topology
@@ -75,11 +76,11 @@ class Inject:
         return Rewritten(source=_Injected(source, changed), notes=notes)
 
 
-class _Injected(RotatedSource):
+class _Injected(ChangedSource):
     """`inner` with the last dimension of some tensors multiplied when they are read."""
 
     def __init__(self, inner: Source, by: Mapping[str, Tensor]) -> None:
-        super().__init__(inner, {}, {})
+        super().__init__(inner)
         self._by = by
 
     def info(self, name: str) -> TensorInfo:

@@ -32,8 +32,7 @@ import fnmatch
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,15 +40,13 @@ from torch import Tensor, nn
 from fewbits.algorithms.base import Rewritten
 from fewbits.algorithms.rotation import Rotation, hadamard_rotation, rotation
 from fewbits.checkpoints.base import Source, TensorInfo
+from fewbits.checkpoints.changed import ChangedSource
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.core.units import bytes_text
 from fewbits.formats import hadamard
 from fewbits.models.skeleton import skeleton
 from fewbits.models.topology import Topology, find_topology
 from fewbits.models.walk import LinearRef, Ref, blocks, linears
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,25 +257,18 @@ def _any(name: str, patterns: list[str] | tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-class RotatedSource:
+class RotatedSource(ChangedSource):
     """`inner` with some tensors changed, each when it is read; changed tensors are float32."""
 
     def __init__(self, inner: Source, changes: dict[str, Change], untied: dict[str, str]) -> None:
-        self._inner, self._changes, self._untied = inner, changes, untied
-        self.path, self.dtype, self.nbytes = inner.path, inner.dtype, inner.nbytes
-
-    @property
-    def identity(self) -> str:
-        return self._inner.identity
+        super().__init__(inner)
+        self._changes, self._untied = changes, untied
 
     def config(self) -> dict[str, Any]:
         config = self._inner.config()
         if self._untied:
             config["tie_word_embeddings"] = False
         return config
-
-    def generation_config(self) -> dict[str, Any] | None:
-        return self._inner.generation_config()
 
     def names(self) -> list[str]:
         return sorted({*self._inner.names(), *self._untied})
@@ -311,9 +301,3 @@ class RotatedSource:
         for turn in change.rows:
             value = turn.rows(value)
         return value
-
-    def companion_files(self) -> list[Path]:
-        return self._inner.companion_files()
-
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._inner.load_tokenizer()
