@@ -33,9 +33,15 @@ from fewbits.formats import Format, Quantized, parse_format
 from fewbits.models.topology import GGUFLayout, Topology, find_topology
 
 QUANTIZATION_VERSION = 2
+FILE = "model.gguf"  # in a directory of its own
 DENSE = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _OUTSIDE = {"embeddings": "token_embd", "final_norm": "output_norm", "head": "output"}
 OnTensor = Callable[[int, int, str], None]  # tensors done, all, name
+
+
+def dense_kind(dtype: torch.dtype) -> str:
+    """What `dtype` is called in `DENSE`; F32 for what is not there."""
+    return next((kind for kind, known in DENSE.items() if known == dtype), "F32")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,8 +143,7 @@ class _Export:
         self.weights = None if weights is None else _typed(weights)
         if dense is not None and dense not in DENSE:
             raise unknown("dense GGUF type", dense, DENSE)
-        usual = {torch.float16: "F16", torch.bfloat16: "BF16"}
-        self.dense = dense or usual.get(source.dtype, "F32")
+        self.dense = dense or dense_kind(source.dtype)
         self.written: list[Written] = []
         self.tensors = self._plan()
 

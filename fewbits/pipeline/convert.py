@@ -27,7 +27,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,19 +125,20 @@ def convert(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
+        account: Sequence[Converted]
         if to == GGUF:
-            conversion = _to_gguf(source, packed, target, work, requantize, dtype or source.dtype, progress, began)
-            write_json(work / RECORD, {**_finite(conversion.to_dict()), "environment": environment()})
-            if target.exists():
-                target.rmdir()
-            work.rename(target)
-            return conversion
-        run = _Run(source, packed, to, requantize, dtype or source.dtype, _Shards(work, shard_bytes))
-        run.layers_and_tensors(progress)
-        total = run.finish()
+            outcomes, notes, total = convert_gguf.write(
+                source, packed, work, target.name, requantize=requantize, dtype=dtype or source.dtype, progress=progress
+            )
+            account = [_of_gguf(each) for each in outcomes]
+        else:
+            run = _Run(source, packed, to, requantize, dtype or source.dtype, _Shards(work, shard_bytes))
+            run.layers_and_tensors(progress)
+            total = run.finish()
+            account, notes = run.account, list(run.notes)
         conversion = Conversion(
-            source=source.path, format=packed.name, to=to, out=str(target), layers=tuple(run.account),
-            notes=tuple(run.notes), seconds=time.monotonic() - began, bytes=total,
+            source=source.path, format=packed.name, to=to, out=str(target), layers=tuple(account), notes=tuple(notes),
+            seconds=time.monotonic() - began, bytes=total,
         )  # fmt: skip
         write_json(work / RECORD, {**_finite(conversion.to_dict()), "environment": environment()})
         if target.exists():
@@ -148,22 +149,11 @@ def convert(
     return conversion
 
 
-def _to_gguf(
-    source: Source, packed: QuantizedModules, target: Path, work: Path, requantize: bool, dtype: torch.dtype,
-    progress: OnProgress, began: float,
-) -> Conversion:  # fmt: skip
-    outcomes, notes, size = convert_gguf.write(
-        source, packed, work, target.name, requantize=requantize, dtype=dtype, progress=progress
+def _of_gguf(each: convert_gguf.Outcome) -> Converted:
+    action = "lossless" if each.sqnr_db is None else "requantized"
+    return Converted(
+        name=each.name, before=each.before, after=each.after, action=action, reason=each.reason, sqnr_db=each.sqnr_db
     )
-    layers = tuple(
-        Converted(name=each.name, before=each.before, after=each.after, reason=each.reason, sqnr_db=each.sqnr_db,
-                  action="lossless" if each.sqnr_db is None else "requantized")
-        for each in outcomes
-    )  # fmt: skip
-    return Conversion(
-        source=source.path, format=packed.name or "", to=GGUF, out=str(target), layers=layers, notes=tuple(notes),
-        seconds=time.monotonic() - began, bytes=size,
-    )  # fmt: skip
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:

@@ -17,13 +17,11 @@ from torch import Tensor
 from fewbits.checkpoints.base import Source
 from fewbits.checkpoints.codecs import QuantizedModules, Stored
 from fewbits.checkpoints.gguf_exact import exact_type
-from fewbits.checkpoints.gguf_export import Packed, Written, write_gguf
+from fewbits.checkpoints.gguf_export import FILE, Packed, Written, dense_kind, write_gguf
 from fewbits.core.errors import Unsupported
 from fewbits.core.progress import OnProgress, Progress
 from fewbits.formats import Format, Quantized
 
-FILE = "model.gguf"
-_DENSE = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 _NEAREST = {1: "q2_k", 2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k"}
 
 
@@ -65,7 +63,7 @@ def write(
             target=nearest(format) if requantize else None,
         )
     written = write_gguf(
-        source, directory / FILE, modules, dense=_DENSE.get(dtype, "F32"), name=name,
+        source, directory / FILE, modules, dense=dense_kind(dtype), name=name,
         on_tensor=lambda done, total, tensor: progress(Progress("to gguf", done, total, tensor)),
     )  # fmt: skip
     found_names = {entry.tensor: module for module, entry in packed.entries.items()}

@@ -15,15 +15,13 @@ from torch import Tensor
 
 from fewbits.checkpoints.base import Source, TensorInfo
 from fewbits.checkpoints.gguf_exact import exact_type
-from fewbits.checkpoints.gguf_export import Packed, check_model, write_gguf
+from fewbits.checkpoints.gguf_export import FILE, Packed, check_model, dense_kind, write_gguf
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.formats import Format, Quantized
 from fewbits.pipeline.job import Job
 from fewbits.pipeline.output import Item
 
 KIND = "gguf"
-FILE = "model.gguf"
-_DENSE = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 def check(job: Job, modules: dict[str, tuple[tuple[int, int], Format]], beside: Sequence[str]) -> None:
@@ -60,7 +58,7 @@ def write(directory: Path, job: Job, items: Iterable[Item], modules: dict[str, t
         packed[module] = Packed(format=format, shape=shape, read=read)
     source = _Items(job.source, job.dtype, found)
     try:
-        write_gguf(source, directory / FILE, packed, dense=_DENSE[job.dtype], name=job.out.name)
+        write_gguf(source, directory / FILE, packed, dense=dense_kind(job.dtype), name=job.out.name)
     except Unsupported as error:  # of a tensor: it would fail again
         raise BadInput(str(error)) from error
     return (directory / FILE).stat().st_size
