@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +36,9 @@ def check_scales(subject: Subject) -> Check:
                 lost.append(module)
             elif empty:
                 zeros.append(f"{module} ({empty})")
+    parts = {part for entry in entries.values() for part in entry.parts}
     for name in subject.source.names():
-        if subject.source.info(name).dtype.is_floating_point and not _is_part(subject, name):
+        if subject.source.info(name).dtype.is_floating_point and name not in parts:
             value = subject.source.tensor(name)
             if value.dtype.itemsize > 1 and not bool(torch.isfinite(value).all()):
                 return failed("scales", f"{name} holds NaN or infinite values", "repair the source and quantize again")
@@ -47,20 +47,6 @@ def check_scales(subject: Subject) -> Check:
     if zeros:
         return warning("scales", f"blocks with scale 0: {some(zeros)}", "right for pruned weights, and only for them")
     return ok("scales", f"{len(entries)} modules decode to finite values")
-
-
-def _is_part(subject: Subject, name: str) -> bool:
-    return any(name in entry.parts for entry in _entries_of(subject, name))
-
-
-def _entries_of(subject: Subject, name: str) -> list[Any]:
-    module = name
-    found = []
-    while "." in module:
-        module = module.rpartition(".")[0]
-        if module in subject.modules.entries:
-            found.append(subject.modules.entries[module])
-    return found
 
 
 def check_fused(subject: Subject, runtime: Runtime) -> Check:
@@ -119,7 +105,7 @@ def check_weights(subject: Subject, reference: Source) -> Check:
     """Decoded weights beside those of the original."""
     name = "decoded weights"
     theirs = {*reference.names(), *reference.tied()}
-    modules = list(subject.modules.entries) or [module for module in subject.matrices]
+    modules = list(subject.modules.entries or subject.matrices)
     errors: dict[str, float] = {}
     for module in modules:
         tensor = f"{module}.weight"
