@@ -26,6 +26,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -97,7 +98,7 @@ def parse_kv(name: str) -> KVFormat:
     element = _ALIASES.get(element, element)
     if element not in ELEMENTS_OF_CACHES:
         raise unknown("key-value cache", name, [*_ALIASES, *ELEMENTS_OF_CACHES])
-    fields: dict[str, int | bool] = {}
+    fields: dict[str, Any] = {}
     for option in options:
         match = _OPTION.fullmatch(option)
         if match is None:
@@ -105,4 +106,4 @@ def parse_kv(name: str) -> KVFormat:
         found, text = next((key, text) for key, text in match.groupdict().items() if text is not None)
         field = {"token": "by_token"}.get(found, found)
         fields[field] = int(text) if text.isdigit() else True
-    return KVFormat(element=element, **fields)  # type: ignore[arg-type]
+    return KVFormat(element=element, **fields)

@@ -36,9 +36,9 @@ def check_scales(subject: Subject) -> Check:
                 lost.append(module)
             elif empty:
                 zeros.append(f"{module} ({empty})")
-    parts = {part for entry in entries.values() for part in entry.parts}
+    of_modules = {part for entry in entries.values() for part in entry.parts}
     for name in subject.source.names():
-        if subject.source.info(name).dtype.is_floating_point and name not in parts:
+        if subject.source.info(name).dtype.is_floating_point and name not in of_modules:
             value = subject.source.tensor(name)
             if value.dtype.itemsize > 1 and not bool(torch.isfinite(value).all()):
                 return failed("scales", f"{name} holds NaN or infinite values", "repair the source and quantize again")
