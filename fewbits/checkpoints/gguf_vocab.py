@@ -68,8 +68,8 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, rows: int, where: str) -> list[s
 
 def _types(state: dict[str, Any], tokens: list[str], model: str) -> list[int]:
     """NORMAL, except for what the file says of a token, and bytes where the model falls back to them."""
-    known = {index for index in state["model"]["vocab"].values()} if isinstance(state["model"]["vocab"], dict) else None
-    known = set(range(len(state["model"]["vocab"]))) if known is None else known
+    vocabulary = state["model"]["vocab"]  # of a Unigram a list
+    known = set(vocabulary.values()) if isinstance(vocabulary, dict) else set(range(len(vocabulary)))
     types = [NORMAL if index in known else UNUSED for index in range(len(tokens))]
     if model == "llama":
         for index, token in enumerate(tokens):

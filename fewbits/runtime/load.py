@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fewbits.checkpoints import native
 from fewbits.checkpoints.base import Source
 from fewbits.checkpoints.codecs import Dense, QuantizedModules, quantized_modules
+from fewbits.checkpoints.decoded import DecodedSource
 from fewbits.checkpoints.source import open_source
 from fewbits.core.errors import BadInput
 from fewbits.models.skeleton import load_block, skeleton
@@ -101,7 +102,7 @@ def load_model(
     for name in linears:
         model.set_submodule(name, nn.Identity())
     decoded = sorted(set(packed.entries) - {disk[name] for name in linears})
-    load_block(model, "", _Decoding(source, packed, decoded), dtype=dtype, device=device, topology=topology)
+    load_block(model, "", DecodedSource(packed, decoded), dtype=dtype, device=device, topology=topology)
     replaced, notes = {}, dict.fromkeys(packed.notes)
     for name, dense in linears.items():
         module = _module(packed, disk[name], dense, dtype)
@@ -148,26 +149,6 @@ def _module(packed: QuantizedModules, name: str, dense: nn.Linear, dtype: torch.
     if bias is not None:
         dense.bias = nn.Parameter(bias, requires_grad=False)
     return dense
-
-
-class _Decoding:
-    """A source in which the weights of `modules` are dense: decoded when asked for."""
-
-    def __init__(self, source: Source, packed: QuantizedModules, modules: list[str]) -> None:
-        self.path = source.path
-        self._source, self._packed = source, packed
-        self._weights = {packed.entries[module].tensor: module for module in modules}
-
-    def names(self) -> list[str]:
-        return sorted({*self._source.names(), *self._weights})
-
-    def tied(self) -> dict[str, str]:
-        return self._source.tied()
-
-    def tensor(self, name: str) -> Tensor:
-        if name in self._weights:
-            return self._packed.dense(self._weights[name])
-        return self._source.tensor(name)
 
 
 def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:

@@ -89,23 +89,3 @@ class Subject:
         if module in self.modules.entries:
             return self.modules.dense(module)
         return self.source.tensor(f"{module}.weight").float()
-
-
-class Decoded:
-    """The subject as a dense source, for building a model of it."""
-
-    def __init__(self, subject: Subject) -> None:
-        self.path = subject.source.path
-        self._subject = subject
-        self._weights = {entry.tensor: name for name, entry in subject.modules.entries.items()}
-
-    def names(self) -> list[str]:
-        return sorted({*self._subject.source.names(), *self._weights})
-
-    def tied(self) -> dict[str, str]:
-        return self._subject.source.tied()
-
-    def tensor(self, name: str) -> Tensor:
-        if name in self._weights:
-            return self._subject.modules.dense(self._weights[name])
-        return self._subject.source.tensor(name)

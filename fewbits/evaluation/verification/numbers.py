@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from fewbits.checkpoints.base import Source, by_library
 from fewbits.checkpoints.codecs import Stored
+from fewbits.checkpoints.decoded import DecodedSource
 from fewbits.evaluation.verification.checks import Check, failed, not_checked, ok, some, warning
-from fewbits.evaluation.verification.model import Decoded, Subject
+from fewbits.evaluation.verification.model import Subject
 from fewbits.evaluation.verification.runtimes import DENSE, Runtime
 from fewbits.metrics.divergence import kl, top1_agreement
 from fewbits.metrics.error import relative_error
@@ -151,7 +152,7 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 def decoded_model(subject: Subject) -> nn.Module:
     """The model of the decoded weights, float32."""
     model = skeleton(subject.config)
-    load_block(model, "", Decoded(subject), dtype=torch.float32, topology=subject.topology)
+    load_block(model, "", DecodedSource(subject.modules), dtype=torch.float32, topology=subject.topology)
     return model
 
 
