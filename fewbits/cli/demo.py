@@ -24,7 +24,6 @@ from fewbits.core.record import environment, write_json
 from fewbits.core.units import bytes_text, duration_text
 
 MODEL = "demo"
-DEFAULT_OUT = Path("fewbits-demo")
 ORIGINAL = "original"
 LABELS = {"rtn": "round-to-nearest", "gptq": "GPTQ"}
 PROMPT = "Explain in two sentences why the sky is blue."

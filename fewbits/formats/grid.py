@@ -100,11 +100,6 @@ class Grid:
         """Scaled magnitude of the largest element under absmax scaling."""
         return max(abs(self.levels[0]), abs(self.levels[-1]))
 
-    @property
-    def zero_code(self) -> int:
-        """The code whose level is nearest to 0 (exactly 0 in every grid shipped)."""
-        return min(range(len(self.levels)), key=lambda code: abs(self.levels[code]))
-
     def nearest(self, x: Tensor) -> Tensor:
         """Codes (uint8) of the levels nearest to `x`, elementwise."""
         x = _working(x)

@@ -25,7 +25,7 @@ import re
 from collections.abc import Callable
 from functools import cache
 
-from fewbits.core.errors import BadInput, nearest_first, unknown
+from fewbits.core.errors import BadInput, unknown
 from fewbits.formats.base import Format
 from fewbits.formats.best_minifloat import BestMinifloat
 from fewbits.formats.blocks import Scaling
@@ -145,8 +145,3 @@ def known_formats() -> list[str]:
     """A name for every element under every scaling; groups may have any size, 64 and 128 stand for it."""
     stored = ["nf4-g64-dq", "int4-g64-dq"]
     return [*(name for element in ELEMENTS for name in _examples(element)), *stored, *NAMED]
-
-
-def suggest(name: str, count: int = 6) -> list[str]:
-    """The known format names most like `name`."""
-    return nearest_first(name, known_formats())[:count]

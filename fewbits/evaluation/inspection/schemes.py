@@ -43,7 +43,6 @@ DIAGNOSED: dict[str, tuple[str, str]] = {
     "W8A8, one scale per tensor": ("int8-channel", "int8-tensor-static"),
     "W4A4, a scale per token": ("int4-g128", "int4-token"),
 }
-DECODED = "decoded"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
