@@ -25,6 +25,10 @@ def method(row: dict[str, Any]) -> str:
     return f"`{row['method']}`" + (f" ({options})" if options else "")
 
 
+def plain_method(row: dict[str, Any]) -> str:
+    return ", ".join([row["method"], *(f"{name.rpartition('.')[2]} {value}" for name, value in row["options"].items())])
+
+
 def share(row: dict[str, Any], record: dict[str, Any]) -> float:
     """Of what the baseline loses, what this row does not."""
     (base,) = (r for r in record["rows"] if (r["scheme"], r["method"]) == ("W4A4", "rtn"))
@@ -58,7 +62,7 @@ def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
         value, error = row["lost"]["mean"], row["lost"]["stderr"]
         axis.barh(place, value, height=0.62, color=BASELINE if plain else METHOD, xerr=error, ecolor=INK)
         axis.text(value + error + 0.06, place, f"{value:.2f}", va="center", fontsize=8.5)
-    axis.set_yticks(range(len(rows)), [f"{row['scheme']}   {row['method']}" for row in rows])
+    axis.set_yticks(range(len(rows)), [f"{row['scheme'].partition('/')[0]}   {plain_method(row)}" for row in rows])
     axis.invert_yaxis()
     axis.set_xlim(0, 1.1 * max(row["lost"]["mean"] for row in rows))
     axis.set_xlabel("rise of the negative log-likelihood, nats per token (± one standard error)")

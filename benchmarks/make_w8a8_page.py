@@ -82,7 +82,7 @@ def at_one(rows: dict[tuple[str, int], dict[str, Any]]) -> str:
     ordered = sorted((row for (_, factor), row in rows.items() if factor == 1), key=lambda row: row["kl"]["mean"])
     for row in ordered:
         kl = row["kl"]
-        found = f"{kl['mean']:.4f} ± {kl['stderr']:.4f}"
+        found = f"{kl['mean']:.5f} ± {kl['stderr']:.5f}"
         lines.append(f"| {command(row)} | {percent(row)} | {found} | {row['bits_per_weight']:.2f} |")
     return "\n".join(lines) + "\n"
 
@@ -106,7 +106,7 @@ def draw(figure: Any, rows: dict[tuple[str, int], dict[str, Any]]) -> None:
     axis.set_ylim(bottom=max(100 * least / 3, LEAST / 1.4))
     measured = [factor for factor in FACTORS if any((name, factor) in rows for name in LINES)]
     axis.set_xticks(measured, [label(factor) for factor in measured])
-    axis.yaxis.set_major_formatter(lambda value, _: f"+{value:,.4g} %")
+    axis.yaxis.set_major_formatter(lambda value, _: f"+{value:,.10g} %")
     axis.set_xlabel("size of six injected outlier channels")
     axis.set_ylabel("perplexity over fp32")
     figure.legend(loc="outside lower center", ncols=2)
@@ -145,7 +145,7 @@ def main() -> None:
     any_row, device = record["rows"][0], record["environment"].get("device", "")
     said = _TEXT.format(
         factors=by_factor(rows), one=at_one(rows), source=source_line(path), windows=any_row["text"]["samples"],
-        learned=any_row["learned_from"], device=device.replace("-", " "),
+        learned=any_row["learned_from"], device=device.replace("-", " ").upper(),
     )  # fmt: skip
     write_between(PAGE, results=said, prefill=prefill())
 

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import math
-
 from recorded import latest
+from rows import rise
 
 
 def rises() -> dict[tuple[str, int], tuple[float, float]]:
     """(setting, size of outliers) -> perplexity over fp32 as a share, and its standard error."""
     found = latest("w8a8")
     assert found is not None
-    rows = {}
-    for row in found[1]["rows"]:
-        ratio = math.exp(row["lost"]["mean"])
-        rows[row["name"], row["factor"]] = ratio - 1, ratio * row["lost"]["stderr"]
-    return rows
+    return {(row["name"], row["factor"]): rise(row) for row in found[1]["rows"]}
 
 
 def test_outliers_ruin_naive_scales_and_not_what_was_invented_against_them() -> None:
     rows = rises()
-    assert rows["token", 100][0] > 1
-    for name in ("llm_int8", "smoothquant"):
-        (before, _), (after, error) = rows[name, 1], rows[name, 100]
-        assert before < rows["token", 1][0] and after - before < 0.02 + 2 * error, name
-    assert rows["rotate", 1][0] < 0.01
+    assert rows["token", 100][0] > 1 and rows["static", 100][0] > 100
+    for name in ("llm_int8", "llm_int8 at 2", "smoothquant, down_proj rotated", "rotate"):
+        for factor in (1, 10, 30, 100):
+            assert rows[name, factor][0] < 0.02, (name, factor)
+            assert rows[name, factor][0] < rows["token", 1][0]
+
+
+def test_the_best_of_each_kind() -> None:
+    rows = rises()
+    assert rows["rotate, gptq", 1][0] + 2 * rows["rotate, gptq", 1][1] < 0.005
+    assert rows["llm_int8 at 2", 1][0] + 2 * rows["llm_int8 at 2", 1][1] < 0.01
+    static = rows["static smoothquant, down_proj rotated, sinks apart", 1]
+    assert static[0] + 2 * static[1] < 0.03 < rows["static", 1][0]
 
 
 def test_a_prompt_in_w8a8_is_read_faster_than_in_bfloat16() -> None:
