@@ -60,7 +60,7 @@ def kernels(
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, by commas.")] = "1,4,16,64,256,4096",
     tune: Annotated[bool, typer.Option("--tune", help="First search for the fastest choices, and keep them.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the record (JSON) here.")] = None,
-    figure: Annotated[Path | None, typer.Option(help="Draw time against tokens here (.svg, .png).")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw time against tokens as NAME.svg and NAME.png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The record on standard output.")] = False,
 ) -> None:
     """Time products of weights in few bits on this GPU, beside cuBLAS, FP8, and what else is installed."""
@@ -84,7 +84,7 @@ def kernels(
     if out is not None:
         write_json(out, record)
     if figure is not None:
-        page.draw(record, figure)
+        page.draw(record, figure.with_suffix(""))
     if as_json:
         print_json(record)
         return

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fewbits.report.figure import GRID, INK, METHOD, MUTED
-
-_COLOURS = (METHOD, "#3b6ea5", "#7a9a01", "#b5651d", "#7d5ba6", "#999999", "#444444")
+from fewbits.report.figure import INK, LINE, METHOD, SERIES, save
 
 
 def _cell(row: dict[str, Any] | None) -> str:
@@ -40,37 +38,45 @@ def accuracy_table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["", "kernel, 8 tokens", "kernel, 64", "with rounding of weights, 8 tokens", "64"], rows
 
 
-def draw(record: dict[str, Any], to: Path, only: Sequence[str] | None = None) -> None:
-    """Writes the figure (svg or png): a panel a shape, both axes logarithmic, the roof drawn in."""
-    from matplotlib.figure import Figure
-
-    names = [n for n in dict.fromkeys(row["who"] for row in record["rows"]) if only is None or n in only]
+def draw(record: dict[str, Any], to: Path) -> None:
+    """Writes the figure as `to`.svg and `to`.png: a panel a shape, both axes logarithmic, the roof drawn in."""
+    names = list(dict.fromkeys(row["who"] for row in record["rows"]))
     shapes = list(record["shapes"].items())
-    figure = Figure(figsize=(3.1 * len(shapes), 3.5), layout="constrained")
-    axes = figure.subplots(1, len(shapes), squeeze=False)[0]
-    for axis, (shape, (n, k)) in zip(axes, shapes, strict=True):
-        for index, name in enumerate(names):
-            points = [r for r in record["rows"] if r["who"] == name and r["shape"] == shape and "us" in r]
-            ours = index == 0
-            axis.plot(
-                [p["tokens"] for p in points], [p["us"] for p in points], marker="o", markersize=4 if ours else 3,
-                color=_COLOURS[index % len(_COLOURS)], linewidth=2 if ours else 1, label=name, zorder=3 if ours else 2,
-            )  # fmt: skip
-        roof = [r for r in record["rows"] if r["who"] == names[0] and r["shape"] == shape and "us" in r]
-        few = [r for r in roof if r["tokens"] <= 256]
-        axis.plot(
-            [r["tokens"] for r in few], [r["roof_us"] for r in few], color=INK, linewidth=1, linestyle=":",
-            label="memory roof of 4 bits",
+    across = min(3, len(shapes))
+    down = -(-len(shapes) // across)
+
+    def fill(canvas: Any, _: bool) -> None:
+        panels = canvas.subplots(down, across, squeeze=False).flat
+        for panel, (shape, (n, k)) in zip(panels, shapes, strict=False):
+            _panel(panel, [row for row in record["rows"] if row["shape"] == shape and "us" in row], names)
+            panel.set_title(f"{shape}, {n} x {k}", fontsize=9)
+            panel.set_xticks(record["tokens"], [str(m) for m in record["tokens"]])
+        handles, labels = panels[0].get_legend_handles_labels()
+        for spare in panels[len(shapes) :]:
+            spare.axis("off")
+        panels[0].set_ylabel("microseconds a product")
+        panels[len(shapes) - 1].set_xlabel("tokens")
+        canvas.legend(handles, labels, loc="outside lower center", ncols=4)
+
+    save(to, fill, 2.4 * down + 0.8)
+
+
+def _panel(panel: Any, rows: list[dict[str, Any]], names: Sequence[str]) -> None:
+    for name, colour in zip(names, (METHOD, *SERIES, *SERIES), strict=False):
+        points = [row for row in rows if row["who"] == name]
+        ours = name == names[0]
+        panel.plot(
+            [point["tokens"] for point in points], [point["us"] for point in points], color=colour, label=name,
+            marker="o" if ours else "s", markersize=4 if ours else 2.5, linewidth=2 if ours else 1,
+            zorder=3 if ours else 2,
         )  # fmt: skip
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.set_title(f"{shape}\n{n} x {k}", fontsize=9.5, color=INK)
-        axis.set_xlabel("tokens", fontsize=9, color=MUTED)
-        axis.set_xticks(record["tokens"], [str(m) for m in record["tokens"]], fontsize=8)
-        axis.tick_params(axis="y", labelsize=8)
-        axis.grid(True, which="major", color=GRID, linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("microseconds a product", fontsize=9, color=MUTED)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8.5, frameon=False)
-    figure.savefig(to)
+    roof = [row for row in rows if row["who"] == names[0] and row["tokens"] <= 256]
+    panel.plot(
+        [row["tokens"] for row in roof], [row["roof_us"] for row in roof], color=INK, linewidth=1, linestyle=":",
+        label="reading our bytes",
+    )  # fmt: skip
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    panel.minorticks_off()
+    panel.grid(True, axis="both", color=LINE)
