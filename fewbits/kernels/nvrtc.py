@@ -32,7 +32,7 @@ def available() -> str | None:
     try:
         from cuda.bindings import driver, nvrtc  # noqa: F401
     except ImportError:
-        return "cuda-bindings, which compiles kernels, is missing: pip install cuda-bindings"
+        return "cuda-bindings, which compiles kernels, is missing: pip install 'fewbits[cuda]'"
     return None
 
 
