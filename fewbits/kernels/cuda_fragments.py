@@ -49,8 +49,9 @@ def layout_of(format: Format, columns: int, half: bool) -> Layout | No:
 def config_for(layout: Layout, n: int, k: int, m: int, device: int) -> Config | None:
     """The kernel and its choices for m tokens; None: decode once and multiply by a dense product."""
     major, _ = torch.cuda.get_device_capability(device)
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return tuned.choice(torch.cuda.get_device_name(device), major, layout, n, k, m, sms)
+    gpu = torch.cuda.get_device_properties(device)
+    sms, limit = gpu.multi_processor_count, gpu.shared_memory_per_block_optin
+    return tuned.choice(gpu.name, major, layout, n, k, m, sms, limit)
 
 
 @torch.library.custom_op("fewbits::fragments_linear", mutates_args=(), device_types="cuda")

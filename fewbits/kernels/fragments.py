@@ -389,8 +389,8 @@ def dense(weight: Packed, layout: Layout) -> Tensor:
     return out
 
 
-def fits(config: Config, layout: Layout, n: int, k: int, m: int, sms: int) -> bool:
-    """Whether the configuration takes m tokens and has the shared memory it needs."""
+def fits(config: Config, layout: Layout, n: int, k: int, m: int, sms: int, limit: int = SHARED_LIMIT) -> bool:
+    """Whether the configuration takes m tokens, and its blocks no more than `limit` bytes of shared memory."""
     if config.split > -(-k // layout.unit) or (isinstance(config, Few) and m > config.tokens):
         return False
-    return config.shared(layout, n, k, m, sms) <= SHARED_LIMIT
+    return config.shared(layout, n, k, m, sms) <= limit

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fewbits.kernels import nvrtc
-from fewbits.kernels.fragments import Config, Few, Layout, Many, fits
+from fewbits.kernels.fragments import SHARED_LIMIT, Config, Few, Layout, Many, fits
 
 KERNELS: dict[str, type[Few] | type[Many]] = {"few": Few, "many": Many}
 
@@ -73,7 +73,9 @@ def _distance(case: Case, layout: Layout, n: int, k: int, m: int) -> float:
     return kind + shape + 2.0 * abs(math.log2(case.m / m)) + (1.0 if m > case.m else 0.0)
 
 
-def choice(device: str, capability: int, layout: Layout, n: int, k: int, m: int, sms: int) -> Config | None:
+def choice(
+    device: str, capability: int, layout: Layout, n: int, k: int, m: int, sms: int, limit: int = SHARED_LIMIT
+) -> Config | None:
     """The kernel for x [m, k] times a weight [n, k]; None: decode the weight once for a dense product."""
     nearest = sorted(cases(device, capability), key=lambda case: _distance(case, layout, n, k, m))
     for case in nearest:
@@ -82,21 +84,21 @@ def choice(device: str, capability: int, layout: Layout, n: int, k: int, m: int,
         config = case.config
         if capability < 9 and (isinstance(config, Many) or config.split > 1):
             continue
-        if fits(config, layout, n, k, m, sms):
+        if fits(config, layout, n, k, m, sms, limit):
             return config
-    return rule(capability, layout, n, k, m, sms)
+    return rule(capability, layout, n, k, m, sms, limit)
 
 
-def rule(capability: int, layout: Layout, n: int, k: int, m: int, sms: int) -> Config | None:
+def rule(capability: int, layout: Layout, n: int, k: int, m: int, sms: int, limit: int = SHARED_LIMIT) -> Config | None:
     """A choice without measurements."""
     for config in (Few(), Few(mt=2), Few(mt=2, warps=8), Few(mt=2, split=2), Few(mt=2, split=4)):
-        if (capability >= 9 or config.split == 1) and m <= 16 and fits(config, layout, n, k, m, sms):
+        if (capability >= 9 or config.split == 1) and m <= 16 and fits(config, layout, n, k, m, sms, limit):
             return config
     if capability >= 9 and m <= 256:
         nt = next(size for size in (16, 32, 64, 128) if m <= size or size == 128)
         blocks = -(-n // 128) * -(-m // nt)
         for split in (8, 4, 2, 1):
             config = Many(nt=nt, split=split)
-            if (split == 1 or blocks * split <= 2 * sms) and fits(config, layout, n, k, m, sms):
+            if (split == 1 or blocks * split <= 2 * sms) and fits(config, layout, n, k, m, sms, limit):
                 return config
     return None
