@@ -27,13 +27,10 @@ byte holds channels d and d + D/2. Parameters are [.., tile, token, group] words
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fewbits.kernels.triton_product import multiprocessors
@@ -111,13 +108,6 @@ def _log2_bound(x):
 
 
 @triton.jit
-def _prefetch(x, first, lines, MOST: tl.constexpr, LINE: tl.constexpr):
-    """Asks the L2 for up to MOST lines of 128 bytes (LINE elements) of x from element `first` on, and does not wait."""
-    at = x + first + tl.minimum(tl.arange(0, MOST), lines - 1) * LINE
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], tl.int32, False, 1)
-
-
-@triton.jit
 def _span(lengths, batch, split, splits, TILE: tl.constexpr):
     """Length, and first and last tile, of this piece."""
     length = tl.load(lengths + batch)
@@ -180,26 +170,18 @@ def _less(total, minima, group: tl.constexpr, WIDTH: tl.constexpr, D: tl.constex
 
 
 @triton.jit(do_not_specialize=["heads", "tiles", "splits"])
-def _decode(q, k, k_bytes, k_params, v, v_bytes, v_params, lengths, sums, stats, scale, heads, tiles, splits,
+def _decode(q, k, k_params, v, v_params, lengths, sums, stats, scale, heads, tiles, splits,
             RATIO: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
-            STAGES: tl.constexpr, ASM: tl.constexpr, DEPENDENT: tl.constexpr):  # fmt: skip
+            STAGES: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
     """A piece of the tokens of one key-value head, for up to G of the RATIO query heads that read it."""
     G: tl.constexpr = 4
     PARTS: tl.constexpr = (RATIO + G - 1) // G
     split, part, head = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
-    if DEPENDENT:
-        gdc_launch_dependents()
-        gdc_wait()
     length, first, last = _span(lengths, head // heads, split, splits, TILE)
     HALVES: tl.constexpr = 8 // BITS
     ROWS: tl.constexpr = D // HALVES  # bytes of a token
     OWN: tl.constexpr = max(1, GROUPS // HALVES)  # groups in a half
     NEXT: tl.constexpr = GROUPS - OWN  # the first group of the other half; the same one where there is but one
-    if ASM:  # the way from memory is under way while the query is made ready
-        begin = (head * tiles + min(first, tiles - 1)).to(tl.int64) * (TILE * ROWS)
-        lines = max(last - first, 1) * (TILE * ROWS // 128)
-        _prefetch(k_bytes, begin, lines, 2 * TILE * ROWS // 128, 128)
-        _prefetch(v_bytes, begin, lines, 2 * TILE * ROWS // 128, 128)
 
     # Columns 2 h and 2 h + 1 are both head h: one becomes the high part, the other the low one.
     c, d = tl.arange(0, 2 * G), tl.arange(0, ROWS)
@@ -307,22 +289,13 @@ def _decode(q, k, k_bytes, k_params, v, v_bytes, v_params, lengths, sums, stats,
 
 
 @triton.jit(do_not_specialize=["heads", "tiles", "splits"])
-def _decode_sixteen(q, k, k_raw, v, v_raw, lengths, sums, stats, scale, heads, tiles, splits,
-                    RATIO: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
-                    ASM: tl.constexpr, DEPENDENT: tl.constexpr):  # fmt: skip
+def _decode_sixteen(q, k, v, lengths, sums, stats, scale, heads, tiles, splits,
+                    RATIO: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """`_decode` for keys and values in 16 bits, both [.., token, d]."""
     G: tl.constexpr = 4
     PARTS: tl.constexpr = (RATIO + G - 1) // G
     split, part, head = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
-    if DEPENDENT:
-        gdc_launch_dependents()
-        gdc_wait()
     length, first, last = _span(lengths, head // heads, split, splits, TILE)
-    if ASM:
-        begin = (head * tiles + min(first, tiles - 1)).to(tl.int64) * (TILE * D)
-        lines = max(last - first, 1) * (TILE * D // 64)
-        _prefetch(k_raw, begin, lines, 2 * TILE * D // 64, 64)
-        _prefetch(v_raw, begin, lines, 2 * TILE * D // 64, 64)
     h, d, n = part * G + tl.arange(0, G), tl.arange(0, D), tl.arange(0, TILE)
     query = tl.load(q + (head * RATIO + h)[None, :] * D + d[:, None], (h < RATIO)[None, :], 0.0)
     highest = tl.full((G,), -1e30, tl.float32)
@@ -347,14 +320,11 @@ def _decode_sixteen(q, k, k_raw, v, v_raw, lengths, sums, stats, scale, heads, t
 
 @triton.jit(do_not_specialize=["splits"])
 def _join(sums, stats, out, splits, RATIO: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-          WIDTH: tl.constexpr, DEPENDENT: tl.constexpr):  # fmt: skip
+          WIDTH: tl.constexpr):  # fmt: skip
     """Joins the pieces of one query head, WIDTH channels of it; BLOCK is splits up to a power of 2."""
     G: tl.constexpr = 4
     PARTS: tl.constexpr = (RATIO + G - 1) // G
     head, part = tl.program_id(0), tl.program_id(1)
-    if DEPENDENT:
-        gdc_launch_dependents()
-        gdc_wait()
     piece = (head // RATIO * PARTS + head % RATIO // G) * splits + tl.arange(0, BLOCK)
     here = tl.arange(0, BLOCK) < splits
     slot = piece * G + head % RATIO % G
@@ -367,13 +337,8 @@ def _join(sums, stats, out, splits, RATIO: tl.constexpr, D: tl.constexpr, BLOCK:
     tl.store(out + head * D + d, y.to(out.dtype.element_ty))
 
 
-@lru_cache(maxsize=16)
-def _dependent(device: torch.device) -> bool:
-    """Whether a launch may begin while the one before ends (programmatic dependent launch: Hopper and later)."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def _asm(device: torch.device) -> bool:
+    """Whether inline instructions are PTX: not in the interpreter, not on AMD."""
     return device.type == "cuda" and torch.version.hip is None
 
 
@@ -396,10 +361,10 @@ def _workspace(q: Tensor, heads: int, splits: int) -> tuple[Tensor, Tensor]:
 def _join_pieces(q: Tensor, sums: Tensor, stats: Tensor, ratio: int, splits: int) -> Tensor:
     out = torch.empty_like(q)
     batch, heads, d = q.shape
-    width, dependent = min(d, 32), _dependent(q.device)
+    width = min(d, 32)
     _join[(batch * heads, d // width)](
         sums, stats, out, splits, RATIO=ratio, D=d, BLOCK=max(2, triton.next_power_of_2(splits)), WIDTH=width,
-        DEPENDENT=dependent, num_warps=4, launch_pdl=dependent,
+        num_warps=4,
     )  # fmt: skip
     return out
 
@@ -411,15 +376,15 @@ def launch(
     """`decode_attention`, with a choice of how the work is divided."""
     batch, heads, tiles, tile, row = keys.shape
     d, ratio = q.shape[2], q.shape[1] // heads
-    bits, dependent = 8 * row // d, _dependent(q.device)
+    bits = 8 * row // d
     splits = splits or splits_for(batch * heads, tiles, bits, q.device)
     sums, stats = _workspace(q, heads, splits)
     _decode[(splits * -(-ratio // 4), batch * heads)](
-        q, TensorDescriptor.from_tensor(keys.view(-1, row), [tile, row]), keys, key_params,
-        TensorDescriptor.from_tensor(values.view(-1, tile), [row, tile]), values, value_params,
+        q, TensorDescriptor.from_tensor(keys.view(-1, row), [tile, row]), key_params,
+        TensorDescriptor.from_tensor(values.view(-1, tile), [row, tile]), value_params,
         lengths, sums, stats, scale * _LOG2_E, heads, tiles, splits,
         RATIO=ratio, D=d, TILE=tile, GROUPS=key_params.shape[3], BITS=bits, STAGES=stages,
-        ASM=_asm(q.device), DEPENDENT=dependent, num_warps=warps, num_stages=stages, launch_pdl=dependent,
+        ASM=_asm(q.device), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return _join_pieces(q, sums, stats, ratio, splits)
 
@@ -430,15 +395,15 @@ def launch_sixteen(
 ) -> Tensor:  # fmt: skip
     """The same over keys and values [batch, heads, capacity, d] in q's dtype; capacity a multiple of `tile`."""
     batch, heads, capacity, d = keys.shape
-    ratio, tiles, dependent = q.shape[1] // heads, capacity // tile, _dependent(q.device)
+    ratio, tiles = q.shape[1] // heads, capacity // tile
     splits = splits or splits_for(batch * heads, tiles, 16, q.device)
     sums, stats = _workspace(q, heads, splits)
     _decode_sixteen[(splits * -(-ratio // 4), batch * heads)](
-        q, TensorDescriptor.from_tensor(keys.view(-1, d), [tile, d]), keys,
-        TensorDescriptor.from_tensor(values.view(-1, d), [tile, d]), values,
+        q, TensorDescriptor.from_tensor(keys.view(-1, d), [tile, d]),
+        TensorDescriptor.from_tensor(values.view(-1, d), [tile, d]),
         lengths, sums, stats, scale * _LOG2_E, heads, tiles, splits,
-        RATIO=ratio, D=d, TILE=tile, STAGES=stages, ASM=_asm(q.device), DEPENDENT=dependent,
-        num_warps=warps, num_stages=stages, launch_pdl=dependent,
+        RATIO=ratio, D=d, TILE=tile, STAGES=stages,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return _join_pieces(q, sums, stats, ratio, splits)
 

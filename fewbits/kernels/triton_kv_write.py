@@ -4,7 +4,8 @@
 
 per group of a token, as the formats of formats/kv.py round, to the bit: scale and minimum in float16 first, then codes
 by what was stored. Channels d and d + D/2 turn together, and of 4 bits they share a byte, so both halves of a head are
-in the registers of one thread. Products and their sum are rounded to k's dtype, as transformers does it.
+in the registers of one thread. Products and their sum are rounded to k's dtype, as transformers does it; the compiler
+may not fuse them, for a fused multiply-add skips a rounding.
 
 Where the tokens go is read on the device (`starts`), so a captured graph goes on as the text grows.
 """
@@ -123,7 +124,7 @@ def write(
         k, v, cos, sin, starts, keys, key_params, values, value_params, heads, keys.shape[2], new,
         *k.stride()[:3], *v.stride()[:3],
         D=d, TILE=keys.shape[3], GROUPS=key_params.shape[3], BITS=8 * keys.shape[4] // d, T=block,
-        ROTARY=cos is not None, num_warps=1 if block == 1 else 4,
+        ROTARY=cos is not None, num_warps=1 if block == 1 else 4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
