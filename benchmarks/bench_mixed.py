@@ -2,11 +2,12 @@
 
 A budget that no format meets exactly is met uniformly by two neighbouring widths, a whole block at a time, the wider
 ones spread evenly over the depth. `plan` then gets the bits this took, and both are quantized by GPTQ and measured on
-held-out text. The measurement behind the plans is made once and kept in a file.
+held-out text. The measurement behind the plans is made once and kept in a file. With --within a third plan of the same
+size may also mix formats within a linear.
 
-    python benchmarks/bench_mixed.py [--measurements FILE] [--bits 3.0 3.5 4.0]
+    python benchmarks/bench_mixed.py [--measurements FILE] [--bits 3.0 3.5 4.0] [--within]
 
-The record is "mixed"; `make docs` makes the table in docs/plans.md from it.
+The record is "mixed", with --within "within"; `make docs` makes the tables in docs/plans.md from them.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measurements", type=Path, help="file that keeps what layers cost")
     parser.add_argument("--bits", type=float, nargs="+", default=[3.0, 3.5, 4.0])
+    parser.add_argument("--within", action="store_true", help="plan with mixes of formats within linears, too")
     parser.add_argument("--device")
     options = parser.parse_args()
     source, rows = open_source("demo"), []
@@ -79,8 +81,13 @@ def main() -> None:
             mixed = plan("demo", size, measurements=kept, device=options.device)
             pair = {"bits": bits, "uniform": measure(even, options.device), "planned": measure(mixed, options.device)}
             pair["ratio"] = pair["planned"]["kl"]["mean"] / pair["uniform"]["kl"]["mean"]
+            if options.within:
+                inside = plan("demo", size, measurements=kept, device=options.device, within=True)
+                pair["within"] = measure(inside, options.device)
+                pair["predicted"] = {"planned": mixed.raw["predicted_kl"], "within": inside.raw["predicted_kl"]}
+                pair["within_ratio"] = pair["within"]["kl"]["mean"] / pair["planned"]["kl"]["mean"]
             rows.append(pair)
-            for name in ("uniform", "planned"):
+            for name in ("uniform", "planned", "within")[: 3 if options.within else 2]:
                 kl = pair[name]["kl"]
                 print(
                     f"{bits:.2f} {name:8} {pair[name]['bits_per_weight']:.4f} bits  KL {kl['mean']:.4f} "
@@ -88,9 +95,11 @@ def main() -> None:
                     flush=True,
                 )
             print(f"{'':5}planned / uniform = {pair['ratio']:.3f}", flush=True)
-    # The command without its arguments: where the measurement was kept repeats nothing elsewhere.
-    made = {**environment(), "command": "python benchmarks/bench_mixed.py"}
-    print(save("mixed", {"environment": made, "rows": rows}))
+            if options.within:
+                print(f"{'':5}within / planned = {pair['within_ratio']:.3f}", flush=True)
+    # The command without its other arguments: where the measurement was kept repeats nothing elsewhere.
+    made = {**environment(), "command": "python benchmarks/bench_mixed.py" + (" --within" if options.within else "")}
+    print(save("within" if options.within else "mixed", {"environment": made, "rows": rows}))
 
 
 if __name__ == "__main__":

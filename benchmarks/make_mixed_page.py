@@ -1,6 +1,6 @@
-"""Writes mixed bit-rates beside uniform ones into docs/plans.md and draws docs/images/mixed.svg.
+"""Writes mixed bit-rates, between linears and within them, into docs/plans.md and draws docs/images/mixed.svg.
 
-Reads the newest "mixed" record under benchmarks/results; without one the page stays as it is.
+Reads the newest "mixed" and "within" records under benchmarks/results; what has no record stays as it is.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ PAGE = ROOT / "docs" / "plans.md"
 FIGURE = ROOT / "docs" / "images" / "mixed"
 
 
-def table(record: dict[str, Any]) -> str:
+def table(record: dict[str, Any], names: tuple[str, str] = ("uniform", "planned"), ratio: str = "ratio") -> str:
+    first, second = names
     lines = [
-        "| budget | uniform: bits | KL | perplexity | planned: bits | KL | perplexity | planned / uniform |",
+        f"| budget | {first}: bits | KL | perplexity | {second}: bits | KL | perplexity | {second} / {first} |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in record["rows"]:
         cells = [f"{row['bits']:.1f}"]
-        for name in ("uniform", "planned"):
+        for name in names:
             found = row[name]
             kl = found["kl"]
             cells += [
@@ -30,7 +31,7 @@ def table(record: dict[str, Any]) -> str:
                 f"{kl['mean']:.4f} ± {kl['stderr']:.4f}",
                 f"{found['perplexity']['mean']:.2f}",
             ]
-        cells.append(f"{row['ratio']:.2f}")
+        cells.append(f"{row[ratio]:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -65,14 +66,19 @@ def draw(canvas: Any, record: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    found = latest("mixed")
-    if found is None:
-        print("no 'mixed' record under benchmarks/results: docs/plans.md left as it is")
-        return
-    path, record = found
-    figure = "![Bits against KL, uniform and planned](images/mixed.svg)"
-    write_between(PAGE, mixed=f"{table(record)}\n\n{figure}\n\n{source_line(path, 'bench_mixed.py')}")
-    save(FIGURE, lambda canvas, _: draw(canvas, record), 3.6, kinds=["svg"])
+    if found := latest("mixed"):
+        path, record = found
+        figure = "![Bits against KL, uniform and planned](images/mixed.svg)"
+        write_between(PAGE, mixed=f"{table(record)}\n\n{figure}\n\n{source_line(path, 'bench_mixed.py')}")
+        save(FIGURE, lambda canvas, _: draw(canvas, record), 3.6, kinds=["svg"])
+    else:
+        print("no 'mixed' record under benchmarks/results: its part of docs/plans.md left as it is")
+    if found := latest("within"):
+        path, record = found
+        shown = table(record, ("planned", "within"), "within_ratio")
+        write_between(PAGE, within=f"{shown}\n\n{source_line(path, 'bench_mixed.py --within')}")
+    else:
+        print("no 'within' record under benchmarks/results: its part of docs/plans.md left as it is")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from fewbits.checkpoints.base import Source
 from fewbits.core.errors import BadInput, FewbitsError
 from fewbits.formats import Format, Quantized
 from fewbits.formats.low_rank import LowRank, LowRankSpec
+from fewbits.formats.mix import Mixed
 from fewbits.formats.outliers import Outliers
 from fewbits.models.topology import Topology
 
@@ -45,12 +46,14 @@ ROLES = ("rewrite", "transform", "weights", "refine", "residual", "learn")
 class Solved:
     """A quantized weight and what its solution needed (`notes`: retries, fallbacks; shown to the user).
 
+    quantized: `Mixed` where the weight was to be of several formats; algorithms/mixes.py alone makes those.
+
     Calibrated methods report their objective per row [out]: `loss` of the result, `rtn_loss` of rounding to
     nearest, `zero_loss` of dropping the weight altogether (the scale the others are read against).
     outliers: columns that stay in 16 bits.
     """
 
-    quantized: Quantized
+    quantized: Quantized | Mixed
     notes: list[str] = field(default_factory=list)
     loss: Tensor | None = None
     rtn_loss: Tensor | None = None

@@ -24,6 +24,7 @@ from fewbits.core.registry import Registry
 from fewbits.formats import Format, Quantized, hadamard
 from fewbits.formats import bits as packing
 from fewbits.formats.low_rank import LowRank, LowRankSpec
+from fewbits.formats.mix import Mix, Mixed, part_state
 from fewbits.formats.outliers import Outliers, OutlierSpec
 from fewbits.formats.scales import State
 
@@ -112,6 +113,37 @@ class Dense:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredMix:
+    """A weight [out, in] whose input channels are of several formats, as canonical tensors (`Mixed.to_state`).
+
+    Of the checkpoint formats only the native one says so; to the others it is what `Dense` is to them.
+    """
+
+    mix: Mix
+    shape: tuple[int, int]
+    state: State
+
+    @property
+    def note(self) -> str:
+        return f"its input channels are of several formats ({self.mix.name})"
+
+    def quantized(self) -> Mixed:
+        """The weight with its codes unpacked."""
+        return Mixed.from_state(self.mix, self.shape, self.state)
+
+    def parts(self) -> list[Stored]:
+        """The columns of each format, as if it were a weight of its own."""
+        sizes = zip(self.mix.formats, self.mix.columns(self.shape[1]), strict=True)
+        return [
+            Stored(format=format, shape=(self.shape[0], columns), state=part_state(self.state, index))
+            for index, (format, columns) in enumerate(sizes)
+        ]
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.quantized().dequantize().to(dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Layer:
     """What a configuration says of one quantized linear."""
 
@@ -150,7 +182,7 @@ class Codec:
         """Module name -> its entry, for every quantized matrix of `source`; reads no weights."""
         raise NotImplementedError
 
-    def read(self, source: Source, module: str, entry: Entry) -> Stored | Dense:
+    def read(self, source: Source, module: str, entry: Entry) -> Stored | StoredMix | Dense:
         raise NotImplementedError
 
     def refuses(self, stored: Stored) -> str | None:
@@ -198,12 +230,12 @@ class QuantizedModules:
             self.entries = by_library(damaged, lambda: codec.entries(source))
         self.notes: list[str] = []  # what the modules read so far left behind
 
-    def read(self, module: str) -> Stored | Dense:
+    def read(self, module: str) -> Stored | StoredMix | Dense:
         """Module `module` as its file holds it; BadInput with its name where the file is damaged."""
         try:
             # What a reader forgot to check shows as an error of torch's.
             found = by_library("damaged, or of a layout fewbits does not know", lambda: self._read(module))
-            if found.note and found.note not in self.notes:
+            if not isinstance(found, StoredMix) and found.note and found.note not in self.notes:
                 self.notes.append(found.note)
         except BadInput as error:
             if module in str(error):
@@ -211,11 +243,15 @@ class QuantizedModules:
             raise type(error)(f"{self.source.path}: {module}: {error}") from error
         return found
 
-    def _read(self, module: str) -> Stored | Dense:
+    def _read(self, module: str) -> Stored | StoredMix | Dense:
         assert self._codec is not None
         found = self._codec.read(self.source, module, self.entries[module])
         if isinstance(found, Stored):
             _check(found)
+        elif isinstance(found, StoredMix):
+            found.quantized()
+            for part in found.parts():
+                _check(part)
         elif not bool(torch.isfinite(found.value).all()):
             raise BadInput("holds values that are NaN or infinite: the checkpoint is damaged")
         return found

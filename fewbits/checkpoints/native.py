@@ -28,12 +28,18 @@ whose weights are beside the codes unless dtype is null (formats/outliers.py). c
     M.outlier_columns  int32 [columns]
     M.outlier_weight   [out, columns], or [out, in] where they are found as the model runs
 
+With a format such as "int4-asym-g64@25+int3-asym-g64" the input channels are dealt into parts, each stored as a linear
+of its own (formats/mix.py):
+
+    M.part                            uint8 [ceil(in*b/8)]   the part of each channel, packed, b = ceil(log2(parts))
+    M.0.codes, M.0.scale, M.1.codes   ...                    of the first part, of the second
+
 With "input_order": true there is a tensor M.input_order, int32 [in]: column c of the weight multiplies input channel
 input_order[c], whatever follows.
 
-Everything else in the checkpoint is what the source had. A file states the lowest version that can say what is in it: 5
-with an input_order, else 4 with outliers, 3 with a residual, 2 with an input_hadamard, else 1. A reader refuses a
-version above its own.
+Everything else in the checkpoint is what the source had. A file states the lowest version that can say what is in it: 7
+with a linear of several formats, else 6 with static activations, 5 with an input_order, 4 with outliers, 3 with a
+residual, 2 with an input_hadamard, else 1. A reader refuses a version above its own.
 """
 
 from __future__ import annotations
@@ -47,16 +53,17 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoints.base import Source
-from fewbits.checkpoints.codecs import Codec, Entry, Layer, Stored, tensor_named
+from fewbits.checkpoints.codecs import Codec, Entry, Layer, Stored, StoredMix, tensor_named
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.formats import Format, hadamard, parse_format
 from fewbits.formats.low_rank import DTYPES, LowRank, LowRankSpec
+from fewbits.formats.mix import Mix, Weights, parse_weights
 from fewbits.formats.outliers import Outliers, OutlierSpec
 from fewbits.formats.rows import check_inputs, check_rows, input_layout
-from fewbits.formats.scales import State
+from fewbits.formats.scales import PlainScale, State
 
 QUANT_METHOD = "fewbits"
-VERSION = 6
+VERSION = 7
 # Names, not eval: a checkpoint may only pick from this table.
 SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -65,7 +72,7 @@ SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 class Module:
     """What config.json says of one linear, read."""
 
-    format: Format
+    format: Weights
     activations: Format | None
     shape: tuple[int, int]
     input_hadamard: tuple[int, ...] = ()
@@ -75,7 +82,7 @@ class Module:
 
 
 def module_entry(
-    format: Format,
+    format: Weights,
     activations: Format | None,
     shape: tuple[int, int],
     input_hadamard: Sequence[int] | None = None,
@@ -94,7 +101,7 @@ def module_entry(
     return {
         "format": format.name,
         "shape": list(shape),
-        "scale_dtype": str(format.scaling.scale_dtype).removeprefix("torch."),
+        "scale_dtype": str(_scale_dtype(format)).removeprefix("torch."),
         "activations": None if activations is None else activations.name,
         **more,
     }
@@ -105,7 +112,9 @@ def quantization_config(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
     said = {key for entry in modules.values() for key in entry}
     if any("-static" in (entry["activations"] or "") for entry in modules.values()):
         said.add("static")
-    newest = {"static": 6, "input_order": 5, "outliers": 4, "residual": 3, "input_hadamard": 2}
+    if any("+" in entry["format"] for entry in modules.values()):
+        said.add("mix")
+    newest = {"mix": 7, "static": 6, "input_order": 5, "outliers": 4, "residual": 3, "input_hadamard": 2}
     version = max([newest[key] for key in said if key in newest], default=1)
     return {"quant_method": QUANT_METHOD, "version": version, "modules": modules}
 
@@ -131,7 +140,7 @@ def read_modules(config: dict[str, Any]) -> dict[str, Module]:
             if not isinstance(format, str):
                 raise BadInput(f"{name}: format {str(format)[:80]}; the name of a format is expected")
         modules[name] = Module(
-            format=parse_format(entry["format"]).with_scale_dtype(SCALE_DTYPES[dtype]),
+            format=_weights(name, entry, shape[1]).with_scale_dtype(SCALE_DTYPES[dtype]),
             activations=None if activations is None else _activations(name, activations),
             shape=(shape[0], shape[1]),
             input_hadamard=_orders(name, entry.get("input_hadamard", []), shape[1]),
@@ -140,6 +149,27 @@ def read_modules(config: dict[str, Any]) -> dict[str, Module]:
             input_order=entry.get("input_order") is True,
         )
     return modules
+
+
+def _scale_dtype(format: Weights) -> torch.dtype:
+    """What plain scales are stored as; float32 where there are none."""
+    if not isinstance(format, Mix):
+        return format.scaling.scale_dtype
+    found = [each.scaling.store.dtype for each in format.formats if isinstance(each.scaling.store, PlainScale)]
+    return found[0] if found else torch.float32
+
+
+_BESIDE_ONE_FORMAT = ("activations", "input_hadamard", "residual", "outliers", "input_order")
+
+
+def _weights(module: str, entry: Mapping[str, Any], columns: int) -> Weights:
+    format = parse_weights(entry["format"])
+    if isinstance(format, Mix):
+        if reason := format.why_not(columns):
+            raise BadInput(f"{module}: format {format.name}: {reason}")
+        if beside := next((key for key in _BESIDE_ONE_FORMAT if entry.get(key)), None):
+            raise BadInput(f"{module}: {beside} beside {format.name}; a linear of several formats has none")
+    return format
 
 
 def _activations(module: str, name: str) -> Format:
@@ -193,9 +223,11 @@ class Native(Codec):
             for name, found in modules.items()
         }
 
-    def read(self, source: Source, module: str, entry: Entry) -> Stored:
+    def read(self, source: Source, module: str, entry: Entry) -> Stored | StoredMix:
         about: Module = entry.about
         state = {name: source.tensor(f"{module}.{name}") for name in about.format.layout(about.shape)}
+        if isinstance(about.format, Mix):
+            return StoredMix(mix=about.format, shape=about.shape, state=state)
         order = tensor_named(source, f"{module}.input_order", 1, torch.int32).long() if about.input_order else None
         return Stored(
             format=about.format, shape=about.shape, state=state, activations=about.activations, order=order,

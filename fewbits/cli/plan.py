@@ -23,8 +23,17 @@ def plan(
     ),
     format: Annotated[
         list[str] | None,
-        typer.Option(help="Format to choose from; may be repeated. Default: int2 to int8 under groups of 64."),
+        typer.Option(
+            help="Format to choose from, or a mix such as int4-g64@25+int3-g64; may be repeated. Default: int2 to int8 "
+            "under groups of 64."
+        ),
     ] = None,
+    within: Annotated[
+        bool,
+        typer.Option(
+            "--within", help="Let bits vary within a linear too: its dearest input channels in a wider format."
+        ),
+    ] = False,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale, in the default formats.")] = None,
     target: Annotated[
         str, typer.Option(help="Who must be able to use it: any, compressed-tensors, vllm, or here (packed kernels).")
@@ -61,6 +70,7 @@ def plan(
             bits,
             formats=format or (),
             group_size=group_size,
+            within=within,
             target=target,
             measurements=measurements or out.with_suffix(".measurements.json"),
             method=method,

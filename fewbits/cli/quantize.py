@@ -29,6 +29,9 @@ def quantize(
         float | None,
         typer.Option(help="In place of a scheme: bits per weight on average, best spread over the layers."),
     ] = None,
+    within: Annotated[
+        bool, typer.Option("--within", help="With --bits: let them vary within a linear, by groups of input channels.")
+    ] = False,
     plan: Annotated[Path | None, typer.Option(help="In place of a scheme: a plan that `fewbits plan` wrote.")] = None,
     measurements: Annotated[
         Path | None, typer.Option(help="With --bits: what formats cost layers, read and added to.", show_default=False)
@@ -115,6 +118,7 @@ def quantize(
             scheme,
             out=out,
             bits=bits,
+            within=within,
             plan=plan,
             measurements=measurements,
             group_size=group_size,

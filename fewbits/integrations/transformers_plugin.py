@@ -26,6 +26,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fewbits.checkpoints import native
 from fewbits.core.errors import BadInput, Unsupported
+from fewbits.formats.mix import Mix
+from fewbits.nn.mixed_linear import MixedLinear
 from fewbits.nn.qlinear import QLinear, qlinears
 
 if TYPE_CHECKING:
@@ -62,6 +64,12 @@ class FewbitsQuantizer(HfQuantizer):
             if entry.shape != (linear.out_features, linear.in_features):
                 raise BadInput(f"{name}: quantized as {entry.shape}; the model has {tuple(linear.weight.shape)}")
             bias = linear.bias is not None
+            if isinstance(entry.format, Mix):
+                mixed = MixedLinear(
+                    entry.shape[1], entry.shape[0], entry.format, bias, dtype=linear.weight.dtype, device="meta"
+                )
+                model.set_submodule(name, mixed)
+                continue
             replacement = QLinear(
                 entry.shape[1], entry.shape[0], entry.format, bias, entry.activations,
                 dtype=linear.weight.dtype, device="meta", input_hadamard=entry.input_hadamard,

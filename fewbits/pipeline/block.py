@@ -26,17 +26,20 @@ from torch import Tensor
 from fewbits.algorithms.base import Block, Learned, Lesson, Pupil, Solved, Stage, proxy_loss
 from fewbits.algorithms.compose import Recipe
 from fewbits.algorithms.input_ranges import InputRange
+from fewbits.algorithms.mixes import solve as solve_weight
 from fewbits.calibration.collect import Original, Ref, collect_inputs, input_stages
 from fewbits.calibration.coverage import cover
 from fewbits.calibration.stats import Inputs, InputSum
 from fewbits.formats import Format, Quantized
 from fewbits.formats.low_rank import LowRank
+from fewbits.formats.mix import Mixed, Weights
 from fewbits.formats.outliers import Outliers
 from fewbits.formats.scales import State
 from fewbits.metrics import sqnr_db
 from fewbits.metrics.error import relative_error as weight_error
 from fewbits.metrics.estimate import finite
 from fewbits.models.walk import ExpertRef
+from fewbits.pipeline.job import main_format
 from fewbits.pipeline.rounding import Apart, diagnoses, input_ranges, quantized_activations
 from fewbits.pipeline.shell import ModelShell
 
@@ -52,7 +55,7 @@ class Layer:
 
     name: str
     disk_name: str
-    weight: Quantized
+    weight: Quantized | Mixed
     record: dict[str, Any]
     residual: LowRank | None = None
     outliers: Outliers | None = None
@@ -63,7 +66,7 @@ def solve_block(
     shell: ModelShell,
     index: int,
     refs: Sequence[Ref],
-    formats: Mapping[str, Format],
+    formats: Mapping[str, Weights],
     recipe: Recipe,
     hidden: Sequence[Tensor],
     reference: Sequence[Tensor] = (),
@@ -115,12 +118,13 @@ def solve_block(
     changed: dict[str, Tensor] = {}
     notes: dict[str, list[str]] = {}
     planned: Iterable[Sequence[Stage]] = map(collected, [[stage] for stage in stages] if sequential else [stages])
+    main = {name: main_format(format) for name, format in formats.items()}  # what transforms judge by
     if recipe.transforms:
         found = collected(stages)
         for transform in recipe.transforms:
             block = Block(
-                name=prefix, module=module, topology=shell.topology, stages=found, format=formats[refs[0].name],
-                formats=formats, activations=activations,
+                name=prefix, module=module, topology=shell.topology, stages=found, format=main[refs[0].name],
+                formats=main, activations=activations,
             )  # fmt: skip
             done = transform.apply(block)
             changed.update({name: module.get_parameter(name).detach() for name in done.changed})
@@ -132,7 +136,7 @@ def solve_block(
             kept.update(_copies(refs))
     ranges = input_ranges(refs, forward, hidden, activations, act_range)
     states = {name: found.state(f"{prefix}.{name}", scale_dtype) for name, found in ranges.items()}
-    causes = diagnoses(refs, forward, sample, formats, activations)
+    causes = diagnoses(refs, forward, sample, main, activations)
     # Which columns of an input are outliers is known once its linears are solved; until then it is not rounded.
     apart: Apart | None = {} if recipe.keeps_outliers else None
     with quantized_activations(refs, activations, states, apart):
@@ -214,7 +218,7 @@ class _Part:
 
 
 def _solve_stages(
-    stages: Sequence[Stage], prefix: str, formats: Mapping[str, Format], recipe: Recipe, apart: Apart | None
+    stages: Sequence[Stage], prefix: str, formats: Mapping[str, Weights], recipe: Recipe, apart: Apart | None
 ) -> Iterator[_Part]:
     for stage in stages:
         # Rows that are quantized each as if alone are solved together; other formats take a matrix at a time.
@@ -229,17 +233,14 @@ def _solve_stages(
                 yield part
 
 
-def _solve(members: Sequence[Ref], inputs: Inputs, prefix: str, format: Format, recipe: Recipe) -> list[_Part]:
+def _solve(members: Sequence[Ref], inputs: Inputs, prefix: str, format: Weights, recipe: Recipe) -> list[_Part]:
     """The members' codes; their decoded values are in the block afterwards."""
     started = time.perf_counter()
     name = f"{prefix}.{members[0].name}.weight"
     weights = [ref.weight.to(torch.float32, copy=True) for ref in members]
 
     def solve(stacked: Tensor) -> Solved:
-        found = recipe.weights.solve(stacked, format, inputs, name)
-        for refinement in recipe.refinements:
-            found = refinement.refine(found, stacked, inputs, name)
-        return found
+        return solve_weight(recipe.weights, recipe.refinements, stacked, format, inputs, name)
 
     solved = solve(torch.cat(weights))
     residuals: Sequence[LowRank | None] = [None] * len(weights)
@@ -336,23 +337,30 @@ def _bits(residual: LowRank | None, shape: tuple[int, int]) -> float:
 
 def _rows(whole: Solved, start: int, count: int) -> Solved:
     """The solution of `count` rows from `start`, of weights that were solved stacked."""
-    stacked = whole.quantized
-    if count == len(stacked.codes):
+    if count == whole.quantized.shape[0]:
         return whole
 
     def part(rows: Tensor | None) -> Tensor | None:
         return None if rows is None else rows[start : start + count].contiguous()
 
-    quantized = dataclasses.replace(
-        stacked, codes=part(stacked.codes), scale=part(stacked.scale), zero=part(stacked.zero)
-    )
+    def some(stacked: Quantized) -> Quantized:
+        return dataclasses.replace(
+            stacked, codes=part(stacked.codes), scale=part(stacked.scale), zero=part(stacked.zero)
+        )
+
+    stacked = whole.quantized
+    if isinstance(stacked, Mixed):
+        quantized = dataclasses.replace(stacked, parts=tuple(map(some, stacked.parts)))
+    else:
+        quantized = some(stacked)
     losses = {name: part(getattr(whole, name)) for name in ("loss", "rtn_loss", "zero_loss")}
     outliers = whole.outliers and dataclasses.replace(whole.outliers, weight=part(whole.outliers.weight))
     return dataclasses.replace(whole, quantized=quantized, outliers=outliers, **losses)
 
 
-def _distribution(weight: Tensor, part: Quantized) -> dict[str, Any]:
-    """A histogram of the weight and the levels of the grid at the median scale and zero point."""
+def _distribution(weight: Tensor, quantized: Quantized | Mixed) -> dict[str, Any]:
+    """A histogram of the weight and the levels of the grid (of most columns) at the median scale and zero point."""
+    part = max(quantized.parts, key=lambda each: each.shape[1]) if isinstance(quantized, Mixed) else quantized
     bound = float(weight.abs().max()) or 1.0
     counts = torch.histc(weight.cpu(), _HISTOGRAM_BINS, -bound, bound)
     edges = torch.linspace(-bound, bound, _HISTOGRAM_BINS + 1)

@@ -35,7 +35,16 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoints.base import Source
-from fewbits.checkpoints.codecs import CODECS, Codec, Dense, Layer, QuantizedModules, Stored, quantized_modules
+from fewbits.checkpoints.codecs import (
+    CODECS,
+    Codec,
+    Dense,
+    Layer,
+    QuantizedModules,
+    Stored,
+    StoredMix,
+    quantized_modules,
+)
 from fewbits.checkpoints.gguf_codec import NAME as GGUF
 from fewbits.checkpoints.gguf_codec import gguf_modules
 from fewbits.checkpoints.gguf_source import GGUFSource
@@ -221,7 +230,7 @@ class _Run:
 
     def _layer(self, name: str) -> None:
         found = self.packed.read(name)
-        before = found.format.name if isinstance(found, Stored) else "decoded"
+        before = _format_name(found)
         embedding = name == self.embeddings and self.to not in _KEEPS_EMBEDDINGS
         entry = self.packed.entries[name]
         if self.codec is None or embedding or not entry.tensor.endswith(".weight"):
@@ -235,7 +244,7 @@ class _Run:
             Converted(name=name, before=before, after=written.format.name, action=action, reason=reason, sqnr_db=error)
         )
 
-    def _decode(self, name: str, tensor: str, found: Stored | Dense, before: str) -> None:
+    def _decode(self, name: str, tensor: str, found: Stored | StoredMix | Dense, before: str) -> None:
         value = found.dense()
         kept = value.to(self.dtype)
         if not bool(torch.isfinite(kept).all()):
@@ -249,7 +258,7 @@ class _Run:
                       sqnr_db=None if exact else sqnr_db(value, kept.float()))
         )  # fmt: skip
 
-    def _fit(self, name: str, found: Stored | Dense) -> tuple[Stored, str, str, float | None]:
+    def _fit(self, name: str, found: Stored | StoredMix | Dense) -> tuple[Stored, str, str, float | None]:
         """(what the target can hold, action, reason, error): `found` itself where it can."""
         assert self.codec is not None
         reason = self.codec.refuses(found) if isinstance(found, Stored) else found.note
@@ -271,7 +280,9 @@ class _Run:
             return fitting, "weights only" if error is None else "rescaled", reason, error
         return self._rounded(name, found, reason)
 
-    def _rounded(self, name: str, found: Stored | Dense, reason: str) -> tuple[Stored, str, str, float | None]:
+    def _rounded(
+        self, name: str, found: Stored | StoredMix | Dense, reason: str
+    ) -> tuple[Stored, str, str, float | None]:
         assert self.codec is not None
         dense = found.dense()
         shape = (dense.shape[0], dense.shape[1])
@@ -289,6 +300,12 @@ class _Run:
     def _left_out(self, before: Stored, after: Stored) -> None:
         if before.activations is not None and after.activations is None:
             self.notes[f"activations are no longer rounded to {before.activations.name}"] = None
+
+
+def _format_name(found: Stored | StoredMix | Dense) -> str:
+    if isinstance(found, StoredMix):
+        return found.mix.name
+    return found.format.name if isinstance(found, Stored) else "decoded"
 
 
 def _equal(before: Stored, after: Stored) -> bool:

@@ -18,13 +18,14 @@ from fewbits.checkpoints.gguf_exact import exact_type
 from fewbits.checkpoints.gguf_export import FILE, Packed, check_model, dense_kind, write_gguf
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.formats import Format, Quantized
+from fewbits.formats.mix import Mix, Weights
 from fewbits.pipeline.job import Job
 from fewbits.pipeline.output import Item
 
 KIND = "gguf"
 
 
-def check(job: Job, modules: dict[str, tuple[tuple[int, int], Format]], beside: Sequence[str]) -> None:
+def check(job: Job, modules: dict[str, tuple[tuple[int, int], Weights]], beside: Sequence[str]) -> None:
     """Refuses, before any work, what GGUF cannot say: formats, activations, models, tokenizers.
 
     beside: what the method adds to codes that other checkpoints, too, have no entry for.
@@ -37,6 +38,11 @@ def check(job: Job, modules: dict[str, tuple[tuple[int, int], Format]], beside: 
     if beside:
         raise Unsupported(f"GGUF cannot say {job.recipe.name}: {beside[0]}; choose another method")
     for module, (shape, format) in modules.items():
+        if isinstance(format, Mix):
+            raise Unsupported(
+                f"{module}: GGUF has one type for all input channels of a linear, and {format.name} is several: plan "
+                "without --within, or write the native checkpoint format"
+            )
         if exact_type(format, shape) is None:
             raise Unsupported(
                 f"{module}: no GGUF type holds the values of {format.name} in rows of {shape[1]}; choose a GGUF format "
@@ -45,11 +51,12 @@ def check(job: Job, modules: dict[str, tuple[tuple[int, int], Format]], beside: 
     check_model(job.source)
 
 
-def write(directory: Path, job: Job, items: Iterable[Item], modules: dict[str, tuple[tuple[int, int], Format]]) -> int:
+def write(directory: Path, job: Job, items: Iterable[Item], modules: dict[str, tuple[tuple[int, int], Weights]]) -> int:
     """Writes the file and returns its size in bytes."""
     found = {item.name: item for item in items}
     packed = {}
     for module, (shape, format) in modules.items():
+        assert isinstance(format, Format)  # `check` let no other pass
         parts = {name: found.pop(f"{module}.{name}") for name in format.layout(shape)}
 
         def read(parts: dict[str, Item] = parts, shape: tuple[int, int] = shape, format: Format = format) -> Quantized:

@@ -20,13 +20,15 @@ from fewbits.calibration.data import TextSpec, TokenSet, pack, read_texts
 from fewbits.checkpoints.base import Source
 from fewbits.checkpoints.source import open_source
 from fewbits.core.errors import BadInput, Unsupported, unknown
-from fewbits.formats import Format, Scheme, parse_format, parse_scheme
+from fewbits.formats import Format, Scheme, parse_scheme
 from fewbits.formats.low_rank import LowRankSpec
+from fewbits.formats.mix import Mix, Weights, parse_weights
 from fewbits.planner import auto
 from fewbits.planner.plan import Plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LEARNED_TEXT = 3  # times the windows, by default, for methods that learn
+_ONE_FORMAT = ("rewrite", "residual", "learn")  # roles of steps that take no linear of several formats
 CHECKPOINT_FORMATS = ("auto", "compressed-tensors", "native", "gguf")
 
 
@@ -69,11 +71,11 @@ class Job:
             self, choice=choice, recipe=found.recipe, sequential=found.sequential, calibration=text
         )
 
-    def weights(self, name: str, columns: int) -> Format:
+    def weights(self, name: str, columns: int) -> Weights:
         """The format of the linear called `name` in the model, with so many inputs."""
         if self.plan is None:
             return self.scheme.weights.fitting(columns)
-        return parse_format(self.plan.layers[name]).with_scale_dtype(self.dtype).fitting(columns)
+        return parse_weights(self.plan.layers[name]).with_scale_dtype(self.dtype).fitting(columns)
 
     def residual(self, shape: tuple[int, int]) -> LowRankSpec | None:
         """What a linear of `shape` (out, in) gets beside its codes."""
@@ -110,7 +112,7 @@ def prepare(
     minutes: float | None = None, act_range: str | None = None,
 ) -> Job:  # fmt: skip
     scheme = parse_scheme(scheme_name, group_size) if plan is None else Scheme(
-        name="mixed", weights=parse_format(Counter(plan.layers.values()).most_common(1)[0][0])
+        name="mixed", weights=main_format(parse_weights(Counter(plan.layers.values()).most_common(1)[0][0]))
     )  # fmt: skip
     act_range = _act_range(scheme, act_range)
     question = None
@@ -150,6 +152,8 @@ def prepare(
             texts, source.load_tokenizer(), sequence_length=min(512, limit or 512), samples=None, at_most=eval_samples,
             description=described,
         )  # fmt: skip
+    if plan is not None and question is None:  # auto does not try what a plan rules out
+        _check_mixes(plan, recipe)
     source, input_hadamard, notes = _rewritten(source, recipe, ignore, scheme.activations is not None)
     return Job(
         source=source, input_hadamard=input_hadamard, notes=notes, out=out.absolute(), scheme=scheme, recipe=recipe,
@@ -157,6 +161,22 @@ def prepare(
         calibration=tokens, probe=probe, seed=seed, experts=experts, plan=plan,
         act_range=act_range, question=question,
     )  # fmt: skip
+
+
+def main_format(format: Weights) -> Format:
+    """What the most columns of a linear are quantized to."""
+    return format.main if isinstance(format, Mix) else format
+
+
+def _check_mixes(plan: Plan, recipe: Recipe) -> None:
+    """Unsupported where a step knows nothing of linears of several formats."""
+    name, mix = next(((name, format) for name, format in plan.layers.items() if "+" in format), ("", ""))
+    step = next((name for name, step in recipe.steps.items() if step.role in _ONE_FORMAT), None)
+    if mix and step is not None:
+        raise Unsupported(
+            f"{name}: {mix} is several formats, and {step} knows linears of one: plan without --within, or leave "
+            f"{step} out"
+        )
 
 
 def _act_range(scheme: Scheme, name: str | None) -> str | None:

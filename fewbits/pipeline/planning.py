@@ -24,7 +24,7 @@ from fewbits.calibration.data import TextSpec, TokenSet
 from fewbits.checkpoints.source import open_source
 from fewbits.core.errors import BadInput, unknown
 from fewbits.core.progress import OnProgress, Progress
-from fewbits.formats import Format
+from fewbits.formats.mix import Weights
 from fewbits.models.walk import ExpertRef, Ref, linears
 from fewbits.pipeline.job import DTYPES, calibration_tokens, choose_device, compiled, ignored
 from fewbits.pipeline.shell import ModelShell, check_vocabulary
@@ -56,6 +56,7 @@ def plan(
     device: str | None = None,
     on_progress: OnProgress | None = None,
     residual: Residual | None = None,
+    within: bool = False,
 ) -> Plan:
     """The format of every layer of `model` that loses least at `bits` per weight on average, scales included.
 
@@ -63,6 +64,7 @@ def plan(
     target: who must be able to run it (`planner.candidates.TARGETS`). measurements: file that keeps what was measured,
     for other budgets to reuse. method: how codes are chosen while measuring, gptq or rtn.
     residual: goes beside the codes of every layer; the plan has what it leaves of `bits`.
+    within: let bits vary within a linear too, by groups of input channels: mixes of the formats (formats/mix.py).
     The rest as for `quantize`. Raises BadInput before any work for arguments that make no sense.
     """
     check_target(target)
@@ -76,7 +78,7 @@ def plan(
     place = choose_device(device)
     source = open_source(model)
     stored = DTYPES[dtype] if dtype else source.dtype
-    found = candidates(formats, group_size, stored, target)
+    found = candidates(formats, group_size, stored, target, within)
     tokens = calibration_tokens(source, calibration, samples, sequence_length, seed)
     settings = {
         "source": source.identity,
@@ -122,7 +124,7 @@ def _less(bits: float, residual: Residual, groups: Sequence[Group]) -> float:
 def measure(
     shell: ModelShell,
     chosen: Sequence[list[tuple[Group, list[Ref]]]],
-    lacking: Mapping[str, list[Format]],
+    lacking: Mapping[str, list[Weights]],
     known: Measurements,
     method: WeightMethod,
     tokens: TokenSet,

@@ -26,7 +26,7 @@ from fewbits.checkpoints import compressed_tensors, native
 from fewbits.core.errors import BadInput, FewbitsError, Unsupported
 from fewbits.core.progress import OnProgress, Progress
 from fewbits.core.units import bytes_text
-from fewbits.formats import Format
+from fewbits.formats.mix import Mix, Weights
 from fewbits.formats.outliers import OutlierSpec
 from fewbits.models.walk import linears
 from fewbits.pipeline import certificate, gguf_output, output
@@ -48,6 +48,7 @@ def quantize(
     *,
     out: str | Path,
     bits: float | None = None,
+    within: bool = False,
     plan: Plan | str | Path | None = None,
     measurements: str | Path | None = None,
     group_size: int | None = None,
@@ -73,7 +74,8 @@ def quantize(
 
     scheme: an ecosystem name (W4A16, the default, FP8_DYNAMIC) or a format name (nf4-g64); `group_size` resizes its
     groups. In its place bits: an average that a plan is made for first (planning.py), its measurements kept in the file
-    `measurements` (OUT.measurements.json) for other budgets; or plan: one made before (file, or `planning.plan`'s).
+    `measurements` (OUT.measurements.json) for other budgets; `within`: bits vary inside linears too. Or plan: one made
+    before (file, or `planning.plan`'s).
     method: see ``fewbits list methods``; `method_options` are its fields (damping, act_order, ...). "auto" tries some
     compositions and takes the best that is done in `minutes` (6), trials included (planner/auto.py).
     act_range: how the ranges of static activations are estimated (algorithms/input_ranges.py); absmax if None.
@@ -94,6 +96,8 @@ def quantize(
         raise BadInput("of scheme, bits and plan give one: each of them decides the formats of the layers")
     if measurements is not None and bits is None:
         raise BadInput(f"measurements '{measurements}' are used where a plan is made: give bits too, or leave them out")
+    if within and bits is None:
+        raise BadInput("within: bits vary within a linear where a plan is made: give bits too, or plan --within first")
     if plan is not None and group_size is not None:
         raise BadInput(f"group size {group_size} given, but the plan decides the formats: leave it out")
     if bits is not None:
@@ -101,6 +105,7 @@ def quantize(
             model, bits, measurements=measurements or Path(f"{out}.measurements.json"), group_size=group_size,
             calibration=calibration, samples=samples, sequence_length=sequence_length, seed=seed, ignore=ignore,
             dtype=dtype, device=device, on_progress=report, residual=_residual(method, method_options),
+            within=within,
         )  # fmt: skip
     elif plan is not None and not isinstance(plan, Plan):
         plan = read_plan(Path(plan))
@@ -209,29 +214,30 @@ def _nothing(shell: ModelShell, job: Job) -> BadInput:
     return BadInput(f"nothing to quantize: every linear matches an ignore pattern ({', '.join(job.ignore)})")
 
 
-def _modules(job: Job, shell: ModelShell, chosen: list[list[Ref]]) -> dict[str, tuple[tuple[int, int], Format]]:
+def _modules(job: Job, shell: ModelShell, chosen: list[list[Ref]]) -> dict[str, tuple[tuple[int, int], Weights]]:
     """Name in the checkpoint -> (shape, format) of every linear that is quantized."""
     modules = {}
     for (prefix, _), refs in zip(shell.blocks, chosen, strict=True):
         for ref in refs:
             format = job.weights(f"{prefix}.{ref.name}", ref.shape[1])
-            scaling = format.scaling
-            size = scaling.group_size if scaling.block == "group" else None
-            if size is not None and size > ref.shape[1]:
+            if reason := _too_narrow(format, ref.shape[1]):
                 raise BadInput(
-                    f"{prefix}.{ref.name}: group size {size} is larger than its input dimension {ref.shape[1]}; "
-                    "choose a smaller --group-size or ignore the layer"
+                    f"{prefix}.{ref.name}: {reason}; choose a smaller --group-size, another format, or ignore the layer"
                 )
             modules[f"{prefix}.{ref.disk_name}"] = ref.shape, format
     return modules
 
 
-def _checkpoint_kind(job: Job, modules: dict[str, tuple[tuple[int, int], Format]]) -> str:
-    said = {
-        reason: format.name
-        for shape, format in modules.values()
-        if (reason := compressed_tensors.refuses(format, job.scheme.activations, shape))
-    }
+def _too_narrow(format: Weights, columns: int) -> str | None:
+    """Why a linear of so many inputs is too narrow for `format`, or None."""
+    if isinstance(format, Mix):
+        return format.why_not(columns)
+    size = format.scaling.group_size if format.scaling.block == "group" else None
+    return f"group size {size} is larger than its input dimension {columns}" if size and size > columns else None
+
+
+def _checkpoint_kind(job: Job, modules: dict[str, tuple[tuple[int, int], Weights]]) -> str:
+    said = {reason: format.name for shape, format in modules.values() if (reason := _refused(format, job, shape))}
     coded = len(said)  # the reasons so far are of formats, the ones to come of what goes beside them
     if job.input_hadamard:
         said["it has no entry for inputs that are transformed as the model runs"] = job.recipe.name
@@ -242,7 +248,8 @@ def _checkpoint_kind(job: Job, modules: dict[str, tuple[tuple[int, int], Format]
     if job.checkpoint_format == gguf_output.KIND:
         gguf_output.check(job, modules, list(said)[coded:])
         return gguf_output.KIND
-    mixed = compressed_tensors.refuses_mix(format for _, format in modules.values())
+    plain = [format for _, format in modules.values() if not isinstance(format, Mix)]
+    mixed = compressed_tensors.refuses_mix(plain)
     if job.checkpoint_format == "native" or ((said or mixed) and job.checkpoint_format == "auto"):
         return native.QUANT_METHOD
     if said:
@@ -252,6 +259,13 @@ def _checkpoint_kind(job: Job, modules: dict[str, tuple[tuple[int, int], Format]
             "use the native checkpoint format, or another group size or method"
         )
     return compressed_tensors.QUANT_METHOD
+
+
+def _refused(format: Weights, job: Job, shape: tuple[int, int]) -> str | None:
+    """Why compressed-tensors cannot say `format` on `shape`, or None."""
+    if isinstance(format, Mix):
+        return "it has one format for all input channels of a linear"
+    return compressed_tensors.refuses(format, job.scheme.activations, shape)
 
 
 def _check_space(job: Job) -> None:
@@ -289,7 +303,7 @@ def _assemble(
     journal: Journal,
     shell: ModelShell,
     kind: str,
-    modules: dict[str, tuple[tuple[int, int], Format]],
+    modules: dict[str, tuple[tuple[int, int], Weights]],
     evaluations: list[dict[str, Any]],
     started: float,
 ) -> None:

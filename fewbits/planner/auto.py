@@ -32,7 +32,7 @@ from fewbits.algorithms import METHODS
 from fewbits.algorithms.compose import Recipe, compose
 from fewbits.core.errors import BadInput, unknown
 from fewbits.core.units import duration_text
-from fewbits.formats import Format
+from fewbits.formats.mix import Mix, Weights
 
 NAME = "auto"
 MINUTES = 6.0
@@ -135,10 +135,13 @@ def _fields(step: str) -> set[str]:
     return {field.name for field in dataclasses.fields(METHODS.get(step))}
 
 
-def refuses(candidate: Candidate, formats: Iterable[Format], *, known_family: bool) -> str | None:
+def refuses(candidate: Candidate, formats: Iterable[Weights], *, known_family: bool) -> str | None:
     """Why `candidate` is of no use for these formats and this model, or None."""
-    steps = candidate.method.split(",")
-    nested = next((format.name for format in formats if format.nested), None)
+    formats, steps = list(formats), candidate.method.split(",")
+    mix = next((format.name for format in formats if isinstance(format, Mix)), None)
+    if candidate.iterations and mix is not None:
+        return f"{mix} is not learned: it is of several formats"
+    nested = next((format.name for format in formats if not isinstance(format, Mix) and format.nested), None)
     if "hqq" in steps and nested is not None:
         return f"the scales of {nested} depend on each other: it would round to nearest"
     if "awq" in steps and not known_family:

@@ -22,7 +22,7 @@ from fewbits.checkpoints.base import read_json
 from fewbits.checkpoints.native import SCALE_DTYPES
 from fewbits.core.errors import BadInput
 from fewbits.core.record import environment, write_json
-from fewbits.formats import parse_format
+from fewbits.formats.mix import parse_weights
 from fewbits.planner.candidates import Group
 
 KIND, VERSION = "fewbits measurements", 1
@@ -123,7 +123,7 @@ def _group(name: str, entry: dict[str, Any], scale_dtype: str) -> tuple[Group, d
     group = Group(name=name, block=int(entry["block"]), kinds=tuple(map(str, entry["kinds"])), members=members)
     costs = {}
     for format, option in entry["options"].items():
-        bits = group.bits(parse_format(format).with_scale_dtype(SCALE_DTYPES[scale_dtype]))
+        bits = group.bits(parse_weights(format).with_scale_dtype(SCALE_DTYPES[scale_dtype]))
         if option["bits"] != bits:
             raise ValueError(f"{format} takes {bits} bits, the file says {option['bits']}")
         loss, error = float(option["loss"]), float(option["error"])

@@ -22,9 +22,9 @@ import torch
 
 from fewbits.core.errors import BadInput
 from fewbits.core.record import environment, write_json
-from fewbits.formats import Format, parse_format
+from fewbits.formats.mix import Weights, parse_weights
 from fewbits.planner.allocate import Option, allocate
-from fewbits.planner.candidates import Group, why_not
+from fewbits.planner.candidates import Group, size_of, why_not
 from fewbits.planner.explain import price, sentence, steps
 from fewbits.planner.measurements import Measurements, checked
 
@@ -48,7 +48,7 @@ class Plan:
     @property
     def formats(self) -> list[str]:
         """The formats in use, fewest bits first."""
-        return sorted(set(self.layers.values()), key=lambda name: parse_format(name).bits_per_weight((4096, 4096)))
+        return sorted(set(self.layers.values()), key=lambda name: size_of(parse_weights(name)))
 
     def check(self, identity: str, names: Sequence[str]) -> None:
         """BadInput unless the plan is for this model and names exactly the linears `names`."""
@@ -86,14 +86,14 @@ def read_plan(path: Path) -> Plan:
         if not isinstance(format, str):
             raise BadInput(f"'{path}': the format of {name} is {format!r}; a name such as int4-asym-g64 is needed")
         try:
-            parse_format(format)
+            parse_weights(format)
         except BadInput as error:
             raise BadInput(f"'{path}': {name}: {error}") from error
     return Plan(source=source, layers=dict(layers), raw=raw)
 
 
 def check_budget(
-    groups: Sequence[Group], formats: Sequence[Format], bits: float, *, target: str, device: torch.device
+    groups: Sequence[Group], formats: Sequence[Weights], bits: float, *, target: str, device: torch.device
 ) -> dict[str, dict[str, str]]:
     """Group -> format -> why it cannot have it. BadInput where a group can have none, or all together need more than
     `bits` per weight."""
@@ -120,7 +120,7 @@ def check_budget(
 
 
 def make_plan(
-    measured: Measurements, formats: Sequence[Format], bits: float, *, target: str, device: torch.device, model: str
+    measured: Measurements, formats: Sequence[Weights], bits: float, *, target: str, device: torch.device, model: str
 ) -> Plan:
     """The best choice among `formats` that takes `bits` per weight on average, or less.
 
@@ -173,7 +173,7 @@ def make_plan(
     return Plan(source=measured.settings["source"], layers=layers, raw=raw)
 
 
-def _menu(measured: Measurements, group: Group, formats: Sequence[Format], refused: dict[str, str]) -> list[Option]:
+def _menu(measured: Measurements, group: Group, formats: Sequence[Weights], refused: dict[str, str]) -> list[Option]:
     costs = measured.costs[group.name]
     return [
         Option(format=format.name, bits=costs[format.name].bits, loss=costs[format.name].loss)

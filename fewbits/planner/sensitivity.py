@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.algorithms.base import WeightMethod, proxy_loss
+from fewbits.algorithms.mixes import solve
 from fewbits.calibration.stats import Inputs, InputSum
 from fewbits.core.errors import FewbitsError
-from fewbits.formats import Format
+from fewbits.formats.mix import Weights
 from fewbits.models.walk import ExpertRef, Ref
 
 
@@ -173,14 +174,14 @@ def _fused(inside: Sequence[Sums]) -> list[str]:
     return list(dict.fromkeys(ref.parameter for each in inside for ref in each.refs if isinstance(ref, ExpertRef)))
 
 
-def cost(found: Sequence[Sensitivity], format: Format, method: WeightMethod, name: str) -> tuple[float, float]:
+def cost(found: Sequence[Sensitivity], format: Weights, method: WeightMethod, name: str) -> tuple[float, float]:
     """(loss, relative output error) of a group in `format`, its codes chosen by `method`."""
     loss = noise = signal = 0.0
     for each in found:
         weights = [ref.weight.float() for ref in each.refs]
         stacked = torch.cat(weights)
         solved = [
-            method.solve(part, format, each.inputs, name).quantized.dequantize()
+            solve(method, (), part, format, each.inputs, name).quantized.dequantize()
             for part in ([stacked] if format.rowwise else weights)
         ]
         delta = stacked - torch.cat(solved)

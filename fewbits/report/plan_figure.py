@@ -15,7 +15,7 @@ _SPELLED = 40  # blocks up to which every cell holds its number
 
 
 def height(plan: Plan) -> float:
-    return 4.0 + 0.3 * len(_kinds(plan))
+    return 4.0 + 0.3 * len(_kinds(plan)) + 0.2 * (_legend_rows(plan, wide=True) - 1)
 
 
 def draw(canvas: Any, wide: bool, plan: Plan) -> None:
@@ -23,6 +23,20 @@ def draw(canvas: Any, wide: bool, plan: Plan) -> None:
     upper, lower = canvas.subplots(2, 1, height_ratios=(0.6 + 0.3 * len(kinds), 3.0))
     _formats(upper, wide, plan, kinds)
     _losses(lower, plan, kinds)
+
+
+def _used(plan: Plan) -> list[str]:
+    """The formats that some group has, fewest bits first."""
+    return [name for name in plan["formats"] if any(group["format"] == name for group in plan["groups"])]
+
+
+def _legend_columns(plan: Plan, wide: bool) -> int:
+    mixed = any("+" in name for name in _used(plan))  # whose names are long
+    return min(len(_used(plan)), (3 if mixed else 6) if wide else (1 if mixed else 2))
+
+
+def _legend_rows(plan: Plan, wide: bool) -> int:
+    return -(-len(_used(plan)) // _legend_columns(plan, wide))
 
 
 def _kinds(plan: Plan) -> list[str]:
@@ -38,7 +52,7 @@ def _formats(axis: Any, wide: bool, plan: Plan, kinds: Sequence[str]) -> None:
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
-    used = [name for name in plan["formats"] if any(group["format"] == name for group in plan["groups"])]
+    used = _used(plan)
     shades = colormaps["cividis_r"].resampled(max(len(used), 2))
     blocks = 1 + max(group["block"] for group in plan["groups"])
     for group in plan["groups"]:
@@ -57,10 +71,12 @@ def _formats(axis: Any, wide: bool, plan: Plan, kinds: Sequence[str]) -> None:
     axis.grid(visible=False)
     axis.spines.bottom.set_visible(False)
     axis.tick_params(axis="x", labelbottom=False, length=0)
-    axis.set_title(f"Bits per weight, scales included: {plan['average']:.3f} on average", pad=24)
+    axis.set_title(
+        f"Bits per weight, scales included: {plan['average']:.3f} on average", pad=10 + 14 * _legend_rows(plan, wide)
+    )
     handles = [Rectangle((0, 0), 1, 1, facecolor=shades(index), label=name) for index, name in enumerate(used)]
     axis.legend(
-        handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(used) if wide else 2, borderpad=0.0,
+        handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=_legend_columns(plan, wide), borderpad=0.0,
         handlelength=1.0, handleheight=1.0, columnspacing=1.2,
     )  # fmt: skip
 

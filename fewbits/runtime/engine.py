@@ -35,6 +35,7 @@ from torch.nn import functional
 
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.kernels import No, Yes
+from fewbits.nn.mixed_linear import MixedLinear
 from fewbits.nn.qlinear import QLinear
 from fewbits.runtime.one_row import OneRow
 from fewbits.runtime.product import Product, product
@@ -65,7 +66,7 @@ def accepts(model: nn.Module) -> Yes | No:
         return No("it is in training mode: call model.eval()")
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
-        if leaf in (*_ATTENTION, *_MLP, "lm_head") and type(module) not in (nn.Linear, QLinear):
+        if leaf in (*_ATTENTION, *_MLP, "lm_head") and type(module) not in (nn.Linear, QLinear, MixedLinear):
             return No(f"{name} is a {type(module).__name__}, neither Linear nor QLinear")
         if module._forward_hooks or module._forward_pre_hooks:
             return No(f"{name or 'the model'} has forward hooks")

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from fewbits.checkpoints import native
 from fewbits.checkpoints.base import Source
-from fewbits.checkpoints.codecs import Dense, QuantizedModules, quantized_modules
+from fewbits.checkpoints.codecs import Dense, QuantizedModules, StoredMix, quantized_modules
 from fewbits.checkpoints.decoded import DecodedSource
 from fewbits.checkpoints.source import open_source
 from fewbits.core.errors import BadInput
 from fewbits.models.skeleton import load_block, skeleton
 from fewbits.models.topology import Topology, find_topology
 from fewbits.models.walk import ExpertRef, blocks, linears
+from fewbits.nn.mixed_linear import MixedLinear
 from fewbits.nn.qlinear import QLinear
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Loaded:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: Source
-    quantized: tuple[str, ...] = field(default=())  # modules that are QLinear now
+    quantized: tuple[str, ...] = field(default=())  # modules that are QLinear, or several of them, now
     decoded: tuple[str, ...] = field(default=())  # quantized in the file, dense in memory
     notes: tuple[str, ...] = field(default=())  # what of the file is not in memory, or not as it was
 
@@ -107,7 +108,7 @@ def load_model(
     for name, dense in linears.items():
         module = _module(packed, disk[name], dense, dtype)
         model.set_submodule(name, module.to(device))
-        if isinstance(module, QLinear):
+        if isinstance(module, QLinear | MixedLinear):
             replaced[name] = module.prepack()
         else:
             decoded.append(disk[name])
@@ -140,6 +141,8 @@ def _module(packed: QuantizedModules, name: str, dense: nn.Linear, dtype: torch.
             f"{packed.source.path}: {name} holds {'x'.join(map(str, shape))} weights; "
             f"config.json asks for {dense.out_features}x{dense.in_features}"
         )
+    if isinstance(found, StoredMix):
+        return MixedLinear.from_mixed(found.quantized(), bias)
     if not isinstance(found, Dense):
         return QLinear.from_quantized(
             found.quantized(), bias, found.activations, found.input_hadamard, found.residual, found.outliers,
@@ -177,18 +180,7 @@ def _finish(model: Any, source: Source, dtype: torch.dtype, modules: dict[str, A
     model.config.dtype = dtype
     model.config.name_or_path = source.path
     if modules:
-        entries = {
-            name: native.module_entry(
-                module.format,
-                module.activations,
-                (module.out_features, module.in_features),
-                module.input_hadamard,
-                module.residual_spec,
-                module.outlier_spec,
-                module.input_order is not None,
-            )
-            for name, module in modules.items()
-        }
+        entries = {name: _entry(module) for name, module in modules.items()}
         model.config.quantization_config = native.quantization_config(entries)
     generation = source.generation_config()
     if generation is not None and model.can_generate():
@@ -197,6 +189,17 @@ def _finish(model: Any, source: Source, dtype: torch.dtype, modules: dict[str, A
         except (TypeError, ValueError) as error:
             raise BadInput(f"{source.path}: generation_config.json is damaged: {error}") from error
     model.eval()
+
+
+def _entry(module: QLinear | MixedLinear) -> dict[str, Any]:
+    """What a native checkpoint says of the module."""
+    shape = (module.out_features, module.in_features)
+    if isinstance(module, MixedLinear):
+        return native.module_entry(module.format, None, shape)
+    return native.module_entry(
+        module.format, module.activations, shape, module.input_hadamard, module.residual_spec, module.outlier_spec,
+        module.input_order is not None,
+    )  # fmt: skip
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -19,6 +19,7 @@ from fewbits.formats import hadamard
 from fewbits.formats.low_rank import LowRank
 from fewbits.kernels import KERNELS, Kernel, LinearSpec
 from fewbits.kernels.cpu_fp16 import half_linear, half_works, pack_half
+from fewbits.nn.mixed_linear import MixedLinear
 from fewbits.nn.qlinear import QLinear, rounded
 
 Apply = Callable[[Tensor], Tensor]
@@ -34,7 +35,7 @@ class Product:
 
 
 def product(*linears: nn.Module, dtype: torch.dtype = torch.float32, fast_head: bool = False) -> Product:
-    """The product with all of `linears` (nn.Linear or QLinear on one device, same input).
+    """The product with all of `linears` (nn.Linear, QLinear or MixedLinear on one device, same input).
 
     dtype: of x where the kernel has no preference. fast_head: use the float16 product for a float32 weight on
     a CPU too (11 bits of mantissa; see the engine).
@@ -44,6 +45,8 @@ def product(*linears: nn.Module, dtype: torch.dtype = torch.float32, fast_head: 
         return _joined(linears, dtype) or _side_by_side([product(linear, dtype=dtype) for linear in linears])
     if isinstance(first, QLinear):
         return _quantized(first, dtype)
+    if isinstance(first, MixedLinear):
+        return _mixed(first, dtype)
     assert isinstance(first, nn.Linear)
     return _dense([first], fast_head)
 
@@ -56,6 +59,20 @@ def _quantized(module: QLinear, dtype: torch.dtype) -> Product:
     apply = _corrected(bound, module)
     apply = _biased(_ordered(_transformed(apply, module.input_hadamard), module.input_order), module.bias)
     return Product(apply, _input_dtype(kernel, spec, dtype), (module.out_features,))
+
+
+def _mixed(module: MixedLinear, dtype: torch.dtype) -> Product:
+    """The sum of the parts' products, each of its own columns of x."""
+    parts = [(columns, _quantized(part, dtype)) for columns, part in zip(module.columns(), module.parts, strict=True)]
+
+    def apply(x: Tensor) -> Tensor:
+        found = [part.apply(x.index_select(-1, columns).to(part.dtype)) for columns, part in parts]
+        return sum(found[1:], start=found[0])
+
+    wanted = {part.dtype for _, part in parts}
+    return Product(
+        _biased(apply, module.bias), wanted.pop() if len(wanted) == 1 else torch.float32, (module.out_features,)
+    )
 
 
 def _input_dtype(kernel: Kernel, spec: LinearSpec, dtype: torch.dtype) -> torch.dtype:

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewbits.algorithms import METHODS
+from fewbits.algorithms import METHODS, mixes
 from fewbits.algorithms.base import ROLES, Solved, proxy_loss
 from fewbits.algorithms.compose import Recipe, compose
 from fewbits.calibration.stats import STATISTICS, Inputs
 from fewbits.core.errors import BadInput, FewbitsError
-from fewbits.formats import Format, parse_format
+from fewbits.formats import parse_format
+from fewbits.formats.mix import Weights, parse_weights
 
 FORMATS = [
     "int4-asym-g64",
@@ -26,6 +27,7 @@ FORMATS = [
     "nf4-g64-dq",
     "lloyd3_fit-g64",
     "int3-min-g64",
+    "int4-asym-g32@25+int2-g32",
 ]
 
 
@@ -41,11 +43,8 @@ def correlated(n: int, tokens: int, rho: float, seed: int = 0) -> tuple[Tensor, 
     return x, Inputs(hessian=2 / tokens * x.T @ x, mean_abs=x.abs().mean(0), tokens=tokens)
 
 
-def solve(recipe: Recipe, weight: Tensor, format: Format, inputs: Inputs, name: str = "layer") -> Solved:
-    solved = recipe.weights.solve(weight, format, inputs, name)
-    for refinement in recipe.refinements:
-        solved = refinement.refine(solved, weight, inputs, name)
-    return solved
+def solve(recipe: Recipe, weight: Tensor, format: Weights, inputs: Inputs, name: str = "layer") -> Solved:
+    return mixes.solve(recipe.weights, recipe.refinements, weight, format, inputs, name)
 
 
 @pytest.mark.parametrize("name", METHODS.names())
@@ -68,7 +67,7 @@ def test_never_worse_than_rounding_on_its_own_objective(method: str, format_name
     assert inputs.hessian is not None
     weight = torch.randn(24, 160, generator=torch.Generator().manual_seed(1))
     before = weight.clone(), inputs.hessian.clone()
-    format = parse_format(format_name).with_scale_dtype(torch.bfloat16)
+    format = parse_weights(format_name).with_scale_dtype(torch.bfloat16)
     solved = solve(compose(method), weight, format, inputs)
     ours = proxy_loss(weight - solved.quantized.dequantize(), inputs.hessian).sum()
     nearest = proxy_loss(weight - format.quantize(weight).dequantize(), inputs.hessian).sum()
@@ -112,7 +111,7 @@ MAKING_CODES = of_role("weights", "refine", "residual")
 
 def values(method: str, format_name: str, weight: Tensor, inputs: Inputs, name: str = "layer") -> Tensor:
     """What a linear computes with after `method`, scales stored in the dtype of the smallest range."""
-    format, recipe = parse_format(format_name).with_scale_dtype(torch.float16), compose(method)
+    format, recipe = parse_weights(format_name).with_scale_dtype(torch.float16), compose(method)
     found, beside = solve(recipe, weight, format, inputs, name), torch.zeros(())
     if recipe.residual is not None:
         done = recipe.residual.correct(
@@ -155,7 +154,7 @@ def test_columns_that_no_token_reached_keep_their_weights(method: str) -> None:
     weight = torch.randn(12, 128, generator=torch.Generator().manual_seed(6))
     for format_name in FORMATS:
         found = values(method, format_name, weight, inputs)
-        nearest = parse_format(format_name).with_scale_dtype(torch.float16).quantize(weight).dequantize()
+        nearest = parse_weights(format_name).with_scale_dtype(torch.float16).quantize(weight).dequantize()
         lost = [float((weight - each)[:, dead].norm()) for each in (found, nearest)]
         assert lost[0] <= 1.3 * lost[1], format_name
 

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
-from fewbits.checkpoints.codecs import Layer, Stored
-from fewbits.checkpoints.native import CODEC
+from fewbits.checkpoints.codecs import Stored, StoredMix
+from fewbits.checkpoints.native import CODEC, module_entry, quantization_config
 from fewbits.checkpoints.safetensors_file import write_stream
 from fewbits.formats import parse_format
 from fewbits.formats.low_rank import LowRank
+from fewbits.formats.mix import parse_mix
 from fewbits.formats.outliers import Outliers
 
 FOLDER = Path(__file__).parent / "native"
@@ -35,7 +36,12 @@ def stored(name: str, seed: int, shape: tuple[int, int] = SHAPE, **more: object)
     return Stored(format=found.format, shape=shape, state=found.to_state(), **more)  # type: ignore[arg-type]
 
 
-def versions() -> dict[int, dict[str, Stored]]:
+def stored_mix(name: str, seed: int) -> StoredMix:
+    found = parse_mix(name).with_scale_dtype(torch.bfloat16).quantize(weight(seed))
+    return StoredMix(mix=found.format, shape=SHAPE, state=found.to_state())
+
+
+def versions() -> dict[int, dict[str, Stored | StoredMix]]:
     names = ("nf4-g32", "int4-asym-g32", "int3-g24", "int4-min-g32", "mxfp4", "nvfp4", "nf4-g32-dq", "lloyd4_fit-g32")
     first = {name.replace("-", "_"): stored(name, seed) for seed, name in enumerate(names)}
     first["q4_k"] = stored("q4_k", 20, (4, 256))
@@ -52,7 +58,19 @@ def versions() -> dict[int, dict[str, Stored]]:
         4: {"outliers": stored("int8-channel", 34, outliers=outliers)},
         5: {"order": stored("int4-g32", 35, order=order)},
         6: {"static": stored("int8-channel", 36, activations=static, inputs={"input_scale": torch.full((1, 1), 0.02)})},
+        7: {"mix": stored_mix("int4-asym-g16@25+nf4-g16@25+int3-g24", 37)},
     }
+
+
+def encoded(found: Stored | StoredMix) -> dict[str, torch.Tensor]:
+    return found.state if isinstance(found, StoredMix) else CODEC.encode(found)
+
+
+def entry(found: Stored | StoredMix) -> dict[str, object]:
+    if isinstance(found, StoredMix):
+        return module_entry(found.mix, None, found.shape)
+    modules = CODEC.quantization({"m": found.layer}, [])["quantization_config"]["modules"]
+    return dict(modules["m"])
 
 
 def main() -> None:
@@ -61,10 +79,9 @@ def main() -> None:
         path = FOLDER / f"v{version}.safetensors"
         if path.exists():
             continue
-        tensors = {f"{m}.{part}": value for m, found in modules.items() for part, value in CODEC.encode(found).items()}
+        tensors = {f"{m}.{part}": value for m, found in modules.items() for part, value in encoded(found).items()}
         tensors |= {f"{module}.expected": found.dense() for module, found in modules.items()}
-        layers: dict[str, Layer] = {module: found.layer for module, found in modules.items()}
-        config = CODEC.quantization(layers, [])["quantization_config"]
+        config = quantization_config({module: entry(found) for module, found in modules.items()})
         assert config["version"] == version, (version, config["version"])
         items = [(name, value.dtype, tuple(value.shape), lambda v=value: v) for name, value in tensors.items()]
         write_stream(path, items, {"quantization_config": json.dumps(config)})

@@ -147,7 +147,8 @@ def test_format_names(name: str) -> None:
 MODULE = st.fixed_dictionaries(
     {},
     optional={
-        "format": st.sampled_from(["nf4-g64", "int4-g32", "q4_k", "int4-g0", "x"]) | ANYTHING,
+        "format": st.sampled_from(["nf4-g64", "int4-g32", "q4_k", "int4-g0", "x", "int4-g8@25+int3-g8", "int4-g8@99+"])
+        | ANYTHING,
         "shape": st.lists(NUMBERS, max_size=3) | ANYTHING,
         "scale_dtype": st.sampled_from(["float32", "bfloat16", "eval"]) | ANYTHING,
         "activations": st.sampled_from([None, "int8-token"]) | ANYTHING,

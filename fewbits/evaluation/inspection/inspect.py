@@ -12,7 +12,7 @@ import torch
 
 from fewbits.calibration.data import TextSpec, TokenSet, pack, read_texts
 from fewbits.checkpoints.base import Source
-from fewbits.checkpoints.codecs import Dense, quantized_modules
+from fewbits.checkpoints.codecs import Dense, StoredMix, quantized_modules
 from fewbits.checkpoints.source import open_source
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.core.progress import OnProgress
@@ -136,6 +136,8 @@ def _quantized(source: Source) -> dict[str, Any] | None:
         found = packed.read(name)
         if isinstance(found, Dense):
             formats[found.note] += 1
+        elif isinstance(found, StoredMix):
+            formats[found.mix.name] += 1
         else:
             inputs = f", activations {found.activations.name}" if found.activations else ""
             formats[found.format.name + inputs] += 1

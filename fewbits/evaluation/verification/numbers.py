@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.checkpoints.base import Source, by_library
-from fewbits.checkpoints.codecs import Stored
+from fewbits.checkpoints.codecs import Stored, StoredMix
 from fewbits.checkpoints.decoded import DecodedSource
 from fewbits.evaluation.verification.checks import Check, failed, not_checked, ok, some, warning
 from fewbits.evaluation.verification.model import Subject
@@ -30,8 +30,9 @@ def check_scales(subject: Subject) -> Check:
     zeros, lost = [], []
     for module in entries:
         found = subject.modules.read(module)  # BadInput, by name, where scales are NaN, infinite or overflow
-        if isinstance(found, Stored):
-            scale, _ = found.format.unsettle(found.shape, found.state)
+        parts = found.parts() if isinstance(found, StoredMix) else [found] if isinstance(found, Stored) else []
+        for part in parts:
+            scale, _ = part.format.unsettle(part.shape, part.state)
             empty = int((scale == 0).sum())
             if empty == scale.numel():
                 lost.append(module)
