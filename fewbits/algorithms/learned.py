@@ -44,7 +44,6 @@ Source: Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -268,23 +267,8 @@ def _backward(lesson: Lesson, chosen: Sequence[int]) -> None:
     """Leaves the gradient of the loss of the sequences `chosen` in the parameters."""
     for pupil in lesson.pupils:
         pupil.ref.holder.grad = None
-    with _quick_products(lesson.inputs[0]):
-        loss = _loss(lesson, chosen).sum()  # not the mean: a sum stays farther from the end of float16
+    loss = _loss(lesson, chosen).sum()  # not the mean: a sum stays farther from the end of float16
     loss.backward()
-
-
-def _quick_products(inputs: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Products of float32 in bfloat16, on processors that multiply it several times as fast.
-
-    Of a gradient only the sign is used. Checks, which decide what is kept, stay in float32."""
-    quick = inputs.device.type == "cpu" and inputs.dtype == torch.float32 and _multiplies_bfloat16()
-    return torch.autocast("cpu", torch.bfloat16) if quick else contextlib.nullcontext()
-
-
-@functools.cache
-def _multiplies_bfloat16() -> bool:
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
 
 def _loss(lesson: Lesson, chosen: Sequence[int]) -> Tensor:
