@@ -3,8 +3,9 @@
     python benchmarks/bench_convert.py --billions 7        # 3.9 GB of weights, 32 blocks of Llama-7B's shapes
     python benchmarks/bench_convert.py --billions 0.7
 
-Prints one JSON object. The copy is `cp` and an fsync of every file, on the same disk and with the source in the page
-cache in both cases; the better of two turns counts. Peak memory is that of the process that converts, torch included.
+The record is "convert"; `make docs` writes its line in docs/checkpoints.md. The copy is `cp` and an fsync of every
+file, on the same disk and with the source in the page cache in both cases; the better of two turns counts. Peak memory
+is that of the process that converts, torch included.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+from recorded import save
 
 from fewbits.checkpoints.safetensors_file import write_stream
 from fewbits.core.record import environment
@@ -111,9 +113,13 @@ def main() -> None:
     record = {
         "blocks": blocks, "source_bytes": written, "copy_seconds": round(copied, 2),
         "convert_seconds": round(result["seconds"], 2), "ratio": round(result["seconds"] / copied, 2),
-        "peak_bytes": result["peak_bytes"], "actions": result["actions"], "environment": environment(),
+        "peak_bytes": result["peak_bytes"], "actions": result["actions"],
+        "turns": [{"copy_seconds": round(a, 2), "convert_seconds": round(b["seconds"], 2)}
+                  for a, b in zip(copies, results, strict=True)],
+        "load_average": round(os.getloadavg()[1], 1), "environment": environment(),
     }  # fmt: skip
     print(json.dumps(record, indent=2))
+    print(save("convert", record))
 
 
 if __name__ == "__main__":
