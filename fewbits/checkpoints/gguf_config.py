@@ -16,13 +16,19 @@ import torch
 from torch import Tensor
 
 from fewbits.core.errors import BadInput, Unsupported
+from fewbits.models.topology import Topology
 
 ROPE_TENSOR = "rope_freqs.weight"
 ROPE_LONG, ROPE_SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE_TENSORS = (ROPE_TENSOR, ROPE_LONG, ROPE_SHORT)
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
@@ -74,7 +80,7 @@ class Keys:
 
 def build_config(
     keys: Keys,
-    family: str,
+    topology: Topology,
     dtype: torch.dtype,
     shape: Callable[[str], tuple[int, ...] | None],
     read: Callable[[str], Tensor],
@@ -83,6 +89,7 @@ def build_config(
 
     Raises BadInput for missing or impossible keys, Unsupported for rotary schemes without an equivalent.
     """
+    family = topology.name
     embeddings = shape("token_embd.weight")
     if embeddings is None or len(embeddings) != 2:
         raise BadInput(f"{keys.path}: the file holds no matrix 'token_embd.weight', so no language model")
@@ -109,6 +116,7 @@ def build_config(
     config["rope_parameters"] = rope
     config["rope_theta"] = rope["rope_theta"]  # where readers older than transformers 5 look
     config.update(_family_fields(keys, family, shape))
+    config.update(_layout_fields(keys, topology, config["head_dim"]))
     if family == "gemma3_text":
         window = {"rope_type": "default", "rope_theta": keys.real("rope.freq_base_swa", 10000.0)}
         config["rope_parameters"] = {"full_attention": rope, "sliding_attention": window}
@@ -135,18 +143,31 @@ def _family_fields(keys: Keys, family: str, shape: Callable[[str], tuple[int, ..
             "num_local_experts": keys.size("expert_count"),
             "num_experts_per_tok": keys.size("expert_used_count"),
         }
-    fields: dict[str, Any] = {"attention_bias": shape("blk.0.attn_q.bias") is not None}
-    if family == "llama":
+    biased = shape("blk.0.attn_q.bias") is not None
+    fields: dict[str, Any] = {"qkv_bias" if family == "qwen2_moe" else "attention_bias": biased}
+    if family in ("llama", "granite", "smollm3"):
         fields["mlp_bias"] = shape("blk.0.ffn_up.bias") is not None
-    if family == "qwen3_moe":
-        fields |= {
-            "num_experts": keys.size("expert_count"),
-            "num_experts_per_tok": keys.size("expert_used_count"),
-            "moe_intermediate_size": keys.size("expert_feed_forward_length"),
-            "norm_topk_prob": True,  # llama.cpp normalises always, so only such models are converted
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-        }
+    if family == "smollm3":
+        fields["pad_token_id"] = None  # transformers' default is a token of its own vocabulary
+    if family in ("qwen2_moe", "qwen3_moe", "olmoe"):
+        fields["num_experts"] = keys.size("expert_count")
+        fields["num_experts_per_tok"] = keys.size("expert_used_count")
+    if family in ("qwen2_moe", "qwen3_moe"):
+        fields["moe_intermediate_size"] = keys.size("expert_feed_forward_length")
+    if family == "qwen2_moe":
+        fields["shared_expert_intermediate_size"] = keys.size("expert_shared_feed_forward_length")
+    if family == "qwen3_moe":  # llama.cpp normalises always, so only such models are converted
+        fields |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    return fields
+
+
+def _layout_fields(keys: Keys, topology: Topology, width: int) -> dict[str, Any]:
+    """What the family's table says: fields that llama.cpp takes for granted, and factors."""
+    layout = topology.gguf
+    assert layout is not None
+    fields = {field: values[0] for field, values in layout.fixed if field != "tie_word_embeddings"}
+    for key, field in layout.scales:
+        fields[field] = keys.real(key, width**-0.5 if key == "attention.scale" else 1.0)
     return fields
 
 

@@ -167,6 +167,8 @@ class _Export:
         for number, (stored, parts) in enumerate(self.tensors.items(), 1):
             kind = KINDS[parts[0].written.kind]
             shape = parts[0].shape if len(parts) == 1 and not self._stacked(stored) else (len(parts), *parts[0].shape)
+            if any(parts[0].name.endswith(f".{self._disk(part)}.weight") for part in self.layout.vectors):
+                shape = shape[1:]
 
             def provide(stored: str = stored, parts: list[_Part] = parts, number: int = number) -> Tensor:
                 if on_tensor is not None:

@@ -58,11 +58,18 @@ def model_keys(config: dict[str, Any], topology: Topology, where: str) -> dict[s
         keys["expert_used_count"] = size("num_experts_per_tok")
         if "moe_intermediate_size" in config:
             keys["expert_feed_forward_length"] = size("moe_intermediate_size")
+        if "shared_expert_intermediate_size" in config:
+            keys["expert_shared_feed_forward_length"] = size("shared_expert_intermediate_size")
     if topology.name in ("gemma2", "gemma3_text", "phi3") and isinstance(config.get("sliding_window"), int):
         keys["attention.sliding_window"] = size("sliding_window")
     for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
         if topology.name == "gemma2" and config.get(cap):
             keys[cap] = float(config[cap])
+    for key, field in layout.scales:
+        factor = config.get(field, 1.0)
+        if not isinstance(factor, int | float) or not 0 < factor < float("inf"):
+            raise BadInput(f"{where}: config.json has {field} {factor!r}; a positive number is needed")
+        keys[key] = float(factor)
     return {f"{layout.architecture}.{key}": value for key, value in keys.items()}
 
 
@@ -150,7 +157,10 @@ def _refuse(config: dict[str, Any], topology: Topology, where: str) -> None:
     activation = config.get("hidden_activation") or config.get("hidden_act") or layout.activation[0]
     if activation not in layout.activation:
         raise Unsupported(f"{where}: activation {activation!r}; llama.cpp computes {layout.activation[0]} here")
-    for check in (_window, _attention_scale, _layers, _routing):
+    for field, values in layout.fixed:
+        if config.get(field, values[0]) not in values:
+            raise Unsupported(f"{where}: {field} is {config[field]!r}; llama.cpp computes with {values[0]!r} here")
+    for check in (_window, _attention_scale, _heads, _layers, _routing):
         reason = check(config, topology.name)
         if reason is not None:
             raise Unsupported(f"{where}: {reason}, which llama.cpp does not compute for {topology.name}")
@@ -172,8 +182,20 @@ def _attention_scale(config: dict[str, Any], family: str) -> str | None:
     return None if scalar == usual else f"query_pre_attn_scalar is {scalar}, not {usual}"
 
 
+def _heads(config: dict[str, Any], family: str) -> str | None:
+    heads, width = config["num_attention_heads"], config.get("head_dim")
+    if family in ("olmo2", "olmoe", "qwen2_moe") and width and width * heads != config["hidden_size"]:
+        return f"{heads} heads of {width} are not hidden_size {config['hidden_size']}"
+    if family == "olmoe" and (config.get("num_key_value_heads") or heads) != heads:
+        return "num_key_value_heads is not num_attention_heads"
+    return None
+
+
 def _layers(config: dict[str, Any], family: str) -> str | None:
     kinds = config.get("layer_types")
+    rotated = config.get("no_rope_layers")
+    if family == "smollm3" and rotated and any(bool(each) != bool((n + 1) % 4) for n, each in enumerate(rotated)):
+        return "no_rope_layers is not every fourth"
     if family not in _PERIODS or not kinds:
         return None
     period = _PERIODS[family]

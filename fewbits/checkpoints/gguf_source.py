@@ -53,7 +53,7 @@ class GGUFSource:
         self._refuse_unreadable()
         self._places, self.dropped = self._map_names()
         self.dtype = self._dtype()
-        self._config = build_config(keys, self.topology.name, self.dtype, self._shape, self.file.tensor)
+        self._config = build_config(keys, self.topology, self.dtype, self._shape, self.file.tensor)
         self._check_counts()
 
     def config(self) -> dict[str, Any]:
@@ -77,11 +77,15 @@ class GGUFSource:
         shape, nbytes = info.shape, info.nbytes
         if expert is not None:
             shape, nbytes = shape[1:], nbytes // shape[0]
+        if self._is_vector(name):
+            shape = (1, *shape)
         return TensorInfo(shape=shape, dtype=info.dtype, nbytes=nbytes, stored=info.stored)
 
     def tensor(self, name: str) -> torch.Tensor:
         stored, expert = self._place(name)
         value = self._reordered(name, self.file.tensor(stored, expert))
+        if self._is_vector(name):
+            value = value[None]
         offset = self.topology.gguf.norm_offset if self.topology.gguf else 0.0
         return value - offset if offset and name.rpartition(".")[0].endswith("norm") else value
 
@@ -89,6 +93,11 @@ class GGUFSource:
         """The bytes of matrix `name` as they are stored, uint8 [rows, bytes of a row], rows in our order."""
         stored, expert = self._place(name)
         return self._reordered(name, self.file.rows(stored, expert))
+
+    def _is_vector(self, name: str) -> bool:
+        """Whether llama.cpp keeps the matrix of one row `name` as a vector."""
+        vectors = self.topology.gguf.vectors if self.topology.gguf else ()
+        return any(name.endswith(f".{self.topology.disk_name(f'.{part}.').strip('.')}.weight") for part in vectors)
 
     def _reordered(self, name: str, value: torch.Tensor) -> torch.Tensor:
         if not any(name.endswith((f".{part}.weight", f".{part}.bias")) for part in self._permuted()):

@@ -32,13 +32,42 @@ ROTARY_PERMUTED = ("self_attn.q_proj", "self_attn.k_proj")
 
 LLAMA = Topology(
     name="llama",
-    model_types=("llama", "mistral", "smollm3", "granite", "ministral", "seed_oss"),
+    model_types=("llama", "mistral", "ministral", "seed_oss"),
     norms=NORMS,
     gguf=GGUFLayout(
         architecture="llama",
         names=GGUF_ATTENTION + GGUF_MLP,
         permuted=ROTARY_PERMUTED,
         writes=("llama", "mistral"),  # the others have architectures of their own there
+    ),
+)
+# Granite multiplies embeddings, what blocks add, attention scores and logits by numbers of its own.
+GRANITE = Topology(
+    name="granite",
+    model_types=("granite",),
+    norms=NORMS,
+    gguf=GGUFLayout(
+        architecture="granite",
+        names=GGUF_ATTENTION + GGUF_MLP,
+        permuted=ROTARY_PERMUTED,
+        scales=(
+            ("attention.scale", "attention_multiplier"),
+            ("embedding_scale", "embedding_multiplier"),
+            ("residual_scale", "residual_multiplier"),
+            ("logit_scale", "logits_scaling"),
+        ),
+    ),
+)
+# Every fourth block of SmolLM3 rotates nothing.
+SMOLLM3 = Topology(
+    name="smollm3",
+    model_types=("smollm3",),
+    norms=NORMS,
+    gguf=GGUFLayout(
+        architecture="smollm3",
+        names=GGUF_ATTENTION + GGUF_MLP,
+        permuted=ROTARY_PERMUTED,
+        fixed=(("no_rope_layer_interval", (4,)), ("use_sliding_window", (False,))),
     ),
 )
 QWEN2 = Topology(
@@ -54,4 +83,19 @@ QWEN3 = Topology(
     gguf=GGUFLayout(architecture="qwen3", names=GGUF_ATTENTION + GGUF_QK_NORMS + GGUF_MLP),
 )
 # OLMo 2 normalises what the sub-layers write, not what they read: no norm feeds a linear.
-OLMO2 = Topology(name="olmo2", model_types=("olmo2",), norms=())
+OLMO2 = Topology(
+    name="olmo2",
+    model_types=("olmo2",),
+    norms=(),
+    gguf=GGUFLayout(
+        architecture="olmo2",
+        names=(
+            *(pair for pair in GGUF_ATTENTION if not pair[0].endswith("norm")),
+            *GGUF_QK_NORMS,
+            *GGUF_MLP,
+            ("post_attention_norm", "post_attention_layernorm"),
+            ("post_ffw_norm", "post_feedforward_layernorm"),
+        ),
+        fixed=(("attention_bias", (False,)), ("tie_word_embeddings", (False,))),
+    ),
+)

@@ -7,11 +7,17 @@ block's second norm, as the router does. Routers are small and decide discretely
 
 from __future__ import annotations
 
+from typing import Any
+
 from fewbits.models.llama import ATTENTION_INPUTS, GGUF_ATTENTION, GGUF_QK_NORMS, ROTARY_PERMUTED
 from fewbits.models.topology import ExpertLayout, GGUFLayout, Topology
 
 EXPERT_INPUTS = ("mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
 NORMS = (("input_layernorm", ATTENTION_INPUTS), ("post_attention_layernorm", EXPERT_INPUTS))
+# What llama.cpp takes for granted of its architectures, by the fields of config.json.
+Fixed = tuple[tuple[str, tuple[Any, ...]], ...]
+GATES_AS_THEY_ARE: Fixed = (("norm_topk_prob", (False,)),)  # the chosen experts' probabilities, not made to sum to 1
+EXPERTS_EVERYWHERE: Fixed = (("decoder_sparse_step", (1,)), ("mlp_only_layers", ([], None)))
 GGUF_EXPERTS = (("ffn_gate_exps", "gate_proj"), ("ffn_up_exps", "up_proj"), ("ffn_down_exps", "down_proj"))
 
 QWEN3_MOE = Topology(
@@ -43,6 +49,20 @@ QWEN2_MOE = Topology(
     ),
     routers=("mlp.gate", "mlp.shared_expert_gate"),
     experts=ExpertLayout(),
+    gguf=GGUFLayout(
+        architecture="qwen2moe",
+        names=(
+            *GGUF_ATTENTION,
+            ("ffn_gate_inp", "mlp.gate"),
+            ("ffn_gate_inp_shexp", "mlp.shared_expert_gate"),
+            ("ffn_gate_shexp", "mlp.shared_expert.gate_proj"),
+            ("ffn_up_shexp", "mlp.shared_expert.up_proj"),
+            ("ffn_down_shexp", "mlp.shared_expert.down_proj"),
+        ),
+        experts=GGUF_EXPERTS,
+        vectors=("mlp.shared_expert_gate",),
+        fixed=(*GATES_AS_THEY_ARE, *EXPERTS_EVERYWHERE, ("tie_word_embeddings", (False,))),
+    ),
 )
 OLMOE = Topology(
     name="olmoe",
@@ -50,6 +70,17 @@ OLMOE = Topology(
     norms=NORMS,
     routers=("mlp.gate",),
     experts=ExpertLayout(),
+    gguf=GGUFLayout(
+        architecture="olmoe",
+        names=(*GGUF_ATTENTION, *GGUF_QK_NORMS, ("ffn_gate_inp", "mlp.gate")),
+        experts=GGUF_EXPERTS,
+        fixed=(
+            *GATES_AS_THEY_ARE,
+            ("clip_qkv", (None,)),
+            ("attention_bias", (False,)),
+            ("tie_word_embeddings", (False,)),
+        ),
+    ),
 )
 MIXTRAL = Topology(
     name="mixtral",

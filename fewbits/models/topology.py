@@ -47,10 +47,14 @@ class GGUFLayout:
     architecture: str
     names: tuple[tuple[str, str], ...]
     experts: tuple[tuple[str, str], ...] = ()  # 3-D GGUF tensor -> expert part
+    vectors: tuple[str, ...] = ()  # our modules whose matrix of one row is a vector there
     permuted: tuple[str, ...] = ()
     writes: tuple[str, ...] | None = None  # model types that llama.cpp computes so; None: all of the family
     norm_offset: float = 0.0  # what GGUF's norm weights have more than the model's
     activation: tuple[str, ...] = ("silu", "swish")  # the one llama.cpp computes, by its names in config.json
+    fixed: tuple[tuple[str, tuple[Any, ...]], ...] = ()  # field of config.json -> the values that llama.cpp computes
+    # with; the first is transformers' default, and what a file is read back with
+    scales: tuple[tuple[str, str], ...] = ()  # key there -> field of config.json: factors, 1 where they are not given
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,8 @@ TOPOLOGIES = Registry(
     "model family",
     {
         "llama": "fewbits.models.llama:LLAMA",
+        "granite": "fewbits.models.llama:GRANITE",
+        "smollm3": "fewbits.models.llama:SMOLLM3",
         "qwen2": "fewbits.models.llama:QWEN2",
         "qwen3": "fewbits.models.llama:QWEN3",
         "olmo2": "fewbits.models.llama:OLMO2",

@@ -68,6 +68,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.125,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 4.0,
+    },
+    "smollm3": {"model_type": "smollm3", "layers": 5, "pad_token_id": None},
+    "olmo2": {"model_type": "olmo2", "tied": False},
+    "olmoe": {
+        "model_type": "olmoe",
+        "tied": False,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 4,
+    },
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "tied": False,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 96,
+    },
 }
 WIDE = {"intermediate_size": 256, "vocab_size": 258}
 TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
@@ -247,8 +271,10 @@ def test_tokenizers_llama_cpp_cannot_follow_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "granite"}, "granite is not llama"),
-        ({"model_type": "olmo2"}, "no GGUF table"),
+        ({"model_type": "seed_oss"}, "seed_oss is not llama"),
+        ({"model_type": "starcoder2"}, "no GGUF table"),
+        ({"model_type": "olmo2", "tied": True}, "tie_word_embeddings"),
+        ({"model_type": "smollm3", "pad_token_id": None, "no_rope_layer_interval": 2}, "no_rope_layer_interval"),
         ({"hidden_act": "relu"}, "activation 'relu'"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
         ({"model_type": "gemma2", "query_pre_attn_scalar": 24}, "query_pre_attn_scalar"),
