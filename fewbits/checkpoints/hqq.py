@@ -9,7 +9,8 @@
 The matrix is reshaped to [groups, group_size] (axis 1) and packed so that the first half of its rows are the high
 nibbles and the second half the low ones. zero is real, so this is our format with a minimum, zero * scale; where both
 are 16-bit floats that product is exact in float32 and the layer is, as a real number, what HQQ means. HQQ computes it
-in 16 bits. Groups along the other axis, and single bits, are decoded.
+in 16 bits. Where every zero is a whole number (HQQ rounds those of 4 bits) the layer is one of integers with zero
+points. Groups along the other axis, and single bits, are decoded. What is written has scales and zeros of 16 bits.
 
 HQQ itself evaluates the bytes of `compute_dtype` and `unpack_view_dtype` as Python. They are not read here, and other
 names are compared with those that exist.
@@ -19,16 +20,29 @@ Source: hqq 0.2.8 (core/quantize.py, core/bitpack.py).
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewbits.checkpoints.base import Source
-from fewbits.checkpoints.codecs import FLOATS, Codec, Dense, Entry, Stored, entries_with, group_name, tensor_named
+from fewbits.checkpoints.codecs import (
+    FLOATS,
+    Codec,
+    Dense,
+    Entry,
+    Layer,
+    Stored,
+    entries_with,
+    group_name,
+    tensor_named,
+)
+from fewbits.checkpoints.minima import minimum_of, with_zeros
 from fewbits.core.errors import BadInput, Unsupported
+from fewbits.formats import Format, parse_format
 from fewbits.formats import bits as packing
-from fewbits.formats import parse_format
+from fewbits.formats.scales import PlainScale
 
 _KEYS = (
     *("W_q", "scale", "zero", "nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float"),
@@ -43,10 +57,12 @@ _PACKINGS = {
     "2bit_u8": (2, 4, 6, torch.uint8),
     "1bit_u8": (1, 8, 7, torch.uint8),
 }
+_PACKED_AS = {2: "2bit_u8", 3: "3bit_32", 4: "4bit_u8", 5: "8bit_u8", 6: "8bit_u8", 8: "8bit_u8"}
 
 
 class HQQ(Codec):
     holds = "integers of 1 to 8 bits with real zero points; loads in transformers"
+    writes = True
 
     def claims(self, quantization: dict[str, Any]) -> bool:
         return bool(quantization.get("quant_method") == "hqq")
@@ -77,7 +93,93 @@ class HQQ(Codec):
             "scale": scale,
             "minimum": zero.float().reshape(rows, -1) * scale,
         }
-        return Stored(format=format, shape=(rows, columns), state=state)
+        return with_zeros(Stored(format=format, shape=(rows, columns), state=state))
+
+    def refuses(self, stored: Stored) -> str | None:
+        format, scaling, (rows, columns) = stored.format, stored.format.scaling, stored.shape
+        if not stored.plain:
+            return "HQQ has no quantized, transformed or reordered activations and no residuals"
+        if format.grid.kind != "integer" or not isinstance(scaling.store, PlainScale) or "narrow" in format.name:
+            return f"HQQ has no {format.name}"
+        if format.bits not in _PACKED_AS or scaling.block not in ("group", "channel"):
+            return f"HQQ holds integers of {tuple(_PACKED_AS)} bits in groups; this is {format.name}"
+        count = _PACKINGS[_PACKED_AS[format.bits]][1]
+        groups = rows * columns // scaling.width(columns)
+        if columns % scaling.width(columns) or (format.bits != 3 and groups % count):
+            return f"{rows} x {columns} are not {count} times whole groups of {scaling.width(columns)}"
+        if _scales(stored) is None:
+            return "HQQ has scales and zero points of 16 bits; these have more"
+        return None
+
+    def nearest(self, layer: Layer) -> Format:
+        size = layer.format.scaling.group_size or 64
+        size = size if layer.shape[1] % size == 0 else layer.shape[1]
+        bits = next(width for width in _PACKED_AS if width >= min(layer.format.bits, 8))
+        return parse_format(f"int{bits}-asym-{group_name(size, layer.shape[1])}").with_scale_dtype(torch.float16)
+
+    def encode(self, stored: Stored) -> dict[str, Tensor]:
+        found, bits, (rows, columns) = _scales(stored), stored.format.bits, stored.shape
+        assert found is not None
+        scale, zero = found
+        size, packing_name = stored.format.scaling.width(columns), _PACKED_AS[bits]
+        codes = packing.unpack(stored.state["codes"], bits, columns).reshape(-1, size)
+        flags = {"channel_wise": True, "optimize": True, "round_zero": bits == 4, "offload_meta": False,
+                 "view_as_float": False, "quant_scale": False, "quant_zero": False, "stores_quant_config": True,
+                 "encoded_state_dict": True}  # fmt: skip
+        texts = {"packing": packing_name, "unpack_view_dtype": str(_PACKINGS[packing_name][3]),
+                 "compute_dtype": str(scale.dtype)}  # fmt: skip
+        return {
+            "W_q": _pack(codes, packing_name),
+            "scale": scale.reshape(-1, 1),
+            "zero": zero.reshape(-1, 1),
+            "shape": torch.tensor([rows, columns]),
+            **{name: torch.tensor(value, dtype=torch.int32)
+               for name, value in (("nbits", bits), ("group_size", size), ("axis", 1))},
+            **{name: torch.tensor(value, dtype=torch.uint8) for name, value in flags.items()},
+            **{name: torch.tensor(list(text.encode()), dtype=torch.uint8) for name, text in texts.items()},
+        }  # fmt: skip
+
+    def quantization(self, layers: Mapping[str, Layer], dense: Iterable[str]) -> dict[str, Any]:
+        said = {}
+        for name, layer in layers.items():
+            size = layer.format.scaling.width(layer.shape[1])
+            weights = {"nbits": layer.format.bits, "group_size": size, "axis": 1, "view_as_float": False,
+                       "channel_wise": True, "optimize": True, "round_zero": layer.format.bits == 4}  # fmt: skip
+            said[name] = {"weight_quant_params": weights, "scale_quant_params": None, "zero_quant_params": None,
+                          "offload_meta": False}  # fmt: skip
+        tags = {_tag(name): kind for name, kind in said.items()}
+        if any(tags[_tag(name)] != kind for name, kind in said.items()):
+            raise Unsupported("HQQ has one setting for linears of one name; these differ from block to block")
+        kinds = list(tags.values())
+        about = kinds[0] if all(kind == kinds[0] for kind in kinds) else tags
+        config = {"quant_method": "hqq", "quant_config": about, "skip_modules": sorted(dense)}
+        return {"quantization_config": config}
+
+
+def _tag(name: str) -> str:
+    """What HQQ calls the linears of one name in all blocks."""
+    return ".".join(part for part in name.split(".") if part not in ("model", "layers") and not part.isdecimal())
+
+
+def _scales(stored: Stored) -> tuple[Tensor, Tensor] | None:
+    """Scale and zero point [out, G] in a 16-bit float that has their very values, or None."""
+    scale, minimum = stored.state["scale"].float(), minimum_of(stored)
+    zero = (minimum / scale).nan_to_num(0, 0, 0)
+    for dtype in (torch.float16, torch.bfloat16):
+        short, rounded = scale.to(dtype), zero.to(dtype)
+        if torch.equal(short.float(), scale) and torch.equal(rounded.float() * scale, minimum):
+            return short, rounded
+    return None
+
+
+def _pack(codes: Tensor, name: str) -> Tensor:
+    """Codes uint8 [groups, size] as words: the first part of the rows in the highest field."""
+    width, count, first, dtype = _PACKINGS[name]
+    filled = torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % count)).to(dtype)
+    words = torch.zeros((len(filled) // count, codes.shape[1]), dtype=dtype)
+    for index, part in enumerate(filled.chunk(count)):
+        words |= part << (first - index * width)
+    return words
 
 
 def _unpack(words: Tensor, name: str, shape: tuple[int, int]) -> Tensor:

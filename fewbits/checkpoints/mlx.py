@@ -18,7 +18,6 @@ Source: mlx 0.32 (mlx.core.quantize), mlx-lm (utils.py).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -36,10 +35,10 @@ from fewbits.checkpoints.codecs import (
     modules_with,
     tensor_named,
 )
+from fewbits.checkpoints.minima import minimum_of, with_zeros
 from fewbits.checkpoints.words import from_e2m1, from_e4m3, from_words, to_e2m1, to_e4m3, to_words
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.formats import Format, parse_format
-from fewbits.formats import bits as packing
 from fewbits.formats.scales import PlainScale
 
 SIZES = (32, 64, 128)
@@ -88,7 +87,7 @@ class MLX(Codec):
         state = {"codes": from_words(words, bits, columns), "scale": scales, "minimum": -biases}
         name = f"int{bits}-min-{group_name(size, columns)}"
         format = parse_format(name).with_scale_dtype(scales.dtype)
-        return _with_zeros(Stored(format=format, shape=(rows, columns), state=state))
+        return with_zeros(Stored(format=format, shape=(rows, columns), state=state))
 
     def refuses(self, stored: Stored) -> str | None:
         format, columns = stored.format, stored.shape[1]
@@ -118,7 +117,7 @@ class MLX(Codec):
         if stored.format.name in ("mxfp4", "mxfp8"):
             packed = to_e2m1(codes) if stored.format.bits == 4 else to_e4m3(codes).view(torch.uint8)
             return {"weight": to_words(packed).view(torch.uint32), "scales": scale}
-        minimum = _minimum(stored)
+        minimum = minimum_of(stored)
         if not torch.equal(minimum.to(scale.dtype).float(), minimum):
             scale = scale.float()
         columns = stored.shape[1]
@@ -161,36 +160,6 @@ def _float(words: Tensor, scales: Tensor, mode: str) -> Stored:
         return Stored(format=parse_format(mode), shape=(len(words), columns), state={"codes": codes, "scale": scales})
     state = {"codes": codes, "scale": scales.view(torch.float8_e4m3fn), "scale_outer": torch.ones(1)}
     return Stored(format=parse_format("nvfp4"), shape=(len(words), columns), state=state)
-
-
-def _minimum(stored: Stored) -> Tensor:
-    """What is subtracted from code * scale, float32: exact, being a few bits times at most 16."""
-    scale, state, bits = stored.state["scale"].float(), stored.state, stored.format.bits
-    if "minimum" in state:
-        return state["minimum"].float()
-    if "zero" in state:
-        return packing.unpack(state["zero"], bits, scale.shape[1]).float() * scale
-    return (1 << (bits - 1)) * scale
-
-
-def _with_zeros(stored: Stored) -> Stored:
-    """`stored` with zero points, or symmetric, where its minima are whole multiples of the scales."""
-    scale, minimum, bits = stored.state["scale"].float(), stored.state["minimum"].float(), stored.format.bits
-    zero = torch.round(minimum / scale).clamp(0, (1 << bits) - 1).nan_to_num(0)
-    # A scale of 16 bits makes all products with codes exact, so that both forms give the same float32.
-    short = next(
-        (dtype for dtype in (torch.float16, torch.bfloat16) if torch.equal(scale.to(dtype).float(), scale)), None
-    )
-    if short is None or not torch.equal(zero * scale, minimum):
-        return stored
-    short = stored.state["scale"].dtype if stored.state["scale"].dtype.itemsize == 2 else short
-    state = {"codes": stored.state["codes"], "scale": scale.to(short)}
-    symmetric = bool((zero == 1 << (bits - 1)).all())
-    if not symmetric:
-        state["zero"] = packing.pack(zero.to(torch.uint8), bits)
-    name = stored.format.name.replace("-min", "" if symmetric else "-asym")
-    format = parse_format(name).with_scale_dtype(short)
-    return dataclasses.replace(stored, format=format, state=state)
 
 
 CODEC = MLX()

@@ -25,6 +25,8 @@ HELD = {
     "awq": ("int4-g32 int4-asym-g32 int4-asym-g128", torch.float16),
     "fp8": ("fp8_block", torch.float32),
     "mlx": ("int4-min-g64 int4-g32 int8-asym-g64 int3-min-g128 mxfp4 mxfp8 int6-min-g32 int4-asym-g64", torch.float16),
+    "hqq": ("int4-g64 int4-asym-g64 int8-asym-g128 int3-g64 int2-asym-g32 int5-g64 int6-asym-channel", torch.float16),
+    "modelopt": ("nvfp4 fp8_e4m3-channel fp8_e4m3-tensor fp8_block mxfp8", torch.float32),
     "bitsandbytes": ("nf4-g64 nf4-g64-dq fp4_bnb-g64 fp4_bnb-g32-dq nf4-g128", torch.float32),
 }
 CASES = [(codec, name, dtype) for codec, (names, dtype) in HELD.items() for name in names.split()]
@@ -86,6 +88,7 @@ def test_round_trip(codec: str, name: str, dtype: torch.dtype) -> None:
     assert (
         same(again, weight)
         or codec in ("awq", "mlx")  # which has one word for all layers on whether there are zero points
+        or name == "fp8_e4m3-tensor"  # ModelOpt writes its scale for every row
     )
     once_more = CODECS.get(codec).encode(again)
     assert all(torch.equal(once_more[name.removeprefix("m.0.")], tensor) for name, tensor in source.tensors.items())
@@ -131,6 +134,12 @@ def test_version_1_of_gptq_refuses_a_zero_point_of_zero() -> None:
         ("bitsandbytes", "nf4-g16", torch.float32, SHAPE, "blocks of 32"),
         ("compressed-tensors", "nvfp4", torch.float32, SHAPE, "outer scale"),
         ("compressed-tensors", "nf4-g64", torch.float32, SHAPE, "no nf4"),
+        ("hqq", "nf4-g64", torch.float16, SHAPE, "no nf4"),
+        ("hqq", "int4-g64", torch.float32, SHAPE, "16 bits"),
+        ("hqq", "int2-g64", torch.float16, (3, 64), "4 times whole groups"),
+        ("modelopt", "int4-g64", torch.float16, SHAPE, "no int4"),
+        ("modelopt", "nvfp4_ct", torch.float32, SHAPE, "last bit"),
+        ("modelopt", "fp8_block", torch.float32, (64, 256), "whole blocks"),
     ],
 )
 def test_refusals(codec: str, name: str, dtype: torch.dtype, shape: tuple[int, int], reason: str) -> None:
@@ -165,6 +174,8 @@ def _missing(tensors: dict[str, Tensor], part: str) -> bool:
 
 
 def _short(tensors: dict[str, Tensor], part: str) -> bool:
+    if not tensors[part].dim():
+        return False
     tensors[part] = tensors[part][:-1].contiguous()
     return True
 
@@ -217,6 +228,57 @@ def _stream(codes: Tensor, bits: int) -> Tensor:
             word, place = divmod(row * bits + bit, 32)
             words[word] |= ((codes[row].long() >> bit) & 1) << place
     return torch.where(words >= 2**31, words - 2**32, words).int()
+
+
+MODELOPT: dict[str, tuple[str, tuple[int, ...], bool, str | None]] = {
+    # method -> format, shape of weight_scale, whether there is an input_scale, activations
+    "FP8": ("fp8_e4m3-tensor", (), True, "fp8_e4m3-token"),
+    "FP8-weights": ("fp8_e4m3-tensor", (), False, None),
+    "FP8_PER_CHANNEL_PER_TOKEN": ("fp8_e4m3-channel", (128,), False, "fp8_e4m3-token"),
+    "fp8_pb_wo": ("fp8_block", (1, 1, 2, 1), False, "fp8_e4m3-g128"),
+}
+
+
+@pytest.mark.parametrize("method", MODELOPT)
+def test_modelopt_fp8_by_its_definition(method: str) -> None:
+    name, shape, calibrated, activations = MODELOPT[method]
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(SHAPE, generator=draw).to(torch.float8_e4m3fn)
+    scale = torch.rand(shape, generator=draw) + 0.5
+    tensors = {"m.0.weight": weight, "m.0.weight_scale": scale}
+    if calibrated:
+        tensors["m.0.input_scale"] = torch.tensor(0.01)
+    source: Any = Memory(tensors, {"quantization_config": {"quant_method": "modelopt", "quant_algo": method}})
+    found = quantized_modules(source).read("m.0")
+    spread = scale.reshape(1, 2).repeat_interleave(128, 1) if len(shape) == 4 else scale.reshape(-1, 1)
+    assert isinstance(found, Stored) and found.format.name == name
+    assert torch.equal(found.dense(), weight.float() * spread)
+    assert (None if found.activations is None else found.activations.name) == activations
+
+
+def test_modelopt_says_each_layers_method_where_they_differ() -> None:
+    coder = CODECS.get("modelopt")
+    weights = {f"m.{n}": stored(name, torch.float32) for n, name in enumerate(("nvfp4", "mxfp8"))}
+    tensors = {f"{m}.{suffix}": t for m, weight in weights.items() for suffix, t in coder.encode(weight).items()}
+    said = coder.quantization({module: weight.layer for module, weight in weights.items()}, ["head"])
+    assert said["quantization_config"]["quant_algo"] == "MIXED_PRECISION"
+    modules = quantized_modules(Memory(tensors, said))  # type: ignore[arg-type]
+    for module, weight in weights.items():
+        assert torch.equal(modules.dense(module), weight.dense())
+
+
+def test_hqq_zero_points_of_16_bits_come_back_whole_or_real() -> None:
+    """Whole zero points make the layer one that GPTQ holds; others stay minima, of 16 bits both ways."""
+    weight = stored("int4-asym-g64", torch.float16)
+    again = quantized_modules(written("hqq", weight)).read("m.0")
+    assert isinstance(again, Stored) and again.format.name == "int4-asym-g64"
+    assert CODECS.get("gptq_v2").refuses(again) is None
+    source = written("hqq", weight)
+    source.tensors["m.0.zero"] += 0.25
+    real = quantized_modules(source).read("m.0")
+    assert isinstance(real, Stored) and real.format.name == "int4-min-g64"
+    assert CODECS.get("hqq").refuses(real) is None
+    assert torch.equal(CODECS.get("hqq").encode(real)["zero"], source.tensors["m.0.zero"])
 
 
 def test_hqq_evaluates_nothing() -> None:
