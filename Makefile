@@ -70,6 +70,7 @@ docs: $(STAMP) ## regenerate the tables and figures in README and docs from benc
 	$(PY) benchmarks/make_auto_page.py
 	$(PY) benchmarks/make_mixed_page.py
 	$(PY) benchmarks/make_kernels_page.py
+	$(PY) benchmarks/make_gguf_page.py
 	$(PY) docs/make_cli_reference.py
 
 clean: ## remove the environment, caches and the demo's output

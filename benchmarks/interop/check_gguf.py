@@ -3,7 +3,7 @@
     python benchmarks/interop/check_gguf.py --llama PATH/TO/ENV/bin/python [--types q4_k q8_0 ...] [--windows 12]
 
 The environment holds llama.cpp's prebuilt library (`pip install xllamacpp numpy`). For each type the embedded model is
-rounded to it, written, read back and computed here in float32, and computed there (llama_cpp.py); both see the same
+rounded to it, written, read back and computed here in float32, and computed there (by_llama_cpp.py); both see the same
 token ids. The record is "gguf"; `make docs` makes the table in docs/gguf.md from it.
 
 llama.cpp rounds the inputs of a product to what its kernels multiply with: 8 bits beside quantized weights, one scale
@@ -37,6 +37,7 @@ from fewbits.calibration.data import pack, read_texts
 from fewbits.checkpoints.gguf_export import write_gguf
 from fewbits.checkpoints.source import open_source
 from fewbits.core.record import environment
+from fewbits.evaluation.verification import by_llama_cpp
 from fewbits.models.skeleton import load_model
 
 BOUND = 0.005
@@ -51,8 +52,9 @@ PROMPT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start
 
 
 def ask(python: str, question: dict[str, Any]) -> dict[str, Any]:
-    script = Path(__file__).with_name("llama_cpp.py")
-    done = subprocess.run([python, str(script)], input=json.dumps(question), capture_output=True, text=True)
+    done = subprocess.run(
+        [python, "-P", by_llama_cpp.__file__], input=json.dumps(question), capture_output=True, text=True
+    )
     if done.returncode:
         raise SystemExit(f"llama.cpp failed on {question['path']}: {done.stderr[-2000:]}")
     return json.loads(done.stdout)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +13,9 @@ from torch import Tensor, nn
 from fewbits.checkpoints.base import Source, by_library
 from fewbits.checkpoints.codecs import Stored, StoredMix
 from fewbits.checkpoints.decoded import DecodedSource
+from fewbits.checkpoints.gguf_source import GGUFSource
+from fewbits.core.errors import BadInput
+from fewbits.evaluation.verification import by_llama_cpp
 from fewbits.evaluation.verification.checks import Check, failed, not_checked, ok, some, warning
 from fewbits.evaluation.verification.model import Subject
 from fewbits.evaluation.verification.runtimes import DENSE, Runtime
@@ -22,6 +28,7 @@ TOKENS = 24
 # Squared error over squared values. A layout read wrongly (nibbles swapped, zero points off by one) gives 1 or 2.
 WRONG, COARSE = 0.7, 0.2
 FAR = 3.0  # nats per token: another model
+PATIENCE = 600.0  # seconds for llama.cpp to load a file and run it
 
 
 def check_scales(subject: Subject) -> Check:
@@ -181,14 +188,14 @@ def check_runtime(subject: Subject, runtime: Runtime, ours: Tensor | None, ids: 
     packages = {"transformers": "transformers", "vllm": "vllm", "llama.cpp": "xllamacpp", "mlx": "mlx_lm"}
     if importlib.util.find_spec(packages[runtime.name]) is None:
         return not_checked(name, f"{packages[runtime.name]} is not installed here")
-    if runtime.name != "transformers":
-        return not_checked(name, f"fewbits runs models through transformers only; load it in {runtime.name} once")
+    if runtime.name not in ("transformers", "llama.cpp"):
+        return not_checked(name, f"fewbits does not run models through {runtime.name}; load it there once")
     needed = runtime.formats[subject.format]
     if needed and importlib.util.find_spec(needed.replace("-", "_")) is None:
-        return not_checked(name, f"transformers needs the package {needed} for {subject.format}")
+        return not_checked(name, f"{runtime.name} needs the package {needed} for {subject.format}")
     if ours is None:
         return not_checked(name, "the model is too large to be held twice")
-    theirs = logits(_by_transformers(subject), ids)
+    theirs = _by_llama_cpp(subject, ids) if runtime.name == "llama.cpp" else logits(_by_transformers(subject), ids)
     if not bool(theirs.isfinite().all()):
         return failed(name, "logits are NaN or infinite", "see the other checks")
     far = float(kl(ours, theirs).mean())
@@ -208,3 +215,20 @@ def _by_transformers(subject: Subject) -> nn.Module:
         ),
     )
     return model.eval()
+
+
+def _by_llama_cpp(subject: Subject, ids: Tensor) -> Tensor:
+    """Logits of llama.cpp, which rounds inputs to 8 bits; in a process of its own, since a broken file may end it."""
+    assert isinstance(subject.source, GGUFSource)
+    question = {"path": str(subject.source.file.path.resolve()), "ids": ids.tolist(), "logits": True}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", by_llama_cpp.__file__], input=json.dumps(question), capture_output=True, text=True,
+            timeout=PATIENCE, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise BadInput(f"llama.cpp has not run it within {PATIENCE:.0f} s") from error
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"it ended with code {done.returncode}"]
+        raise BadInput(f"llama.cpp does not run it: {reason[0][:500]}")
+    return torch.tensor(json.loads(done.stdout)["logits"][0])

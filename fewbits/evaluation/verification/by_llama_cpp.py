@@ -1,11 +1,11 @@
-"""What llama.cpp computes on a GGUF file: logits, perplexity, tokens, a few generated words. JSON in, JSON out.
+"""What llama.cpp computes on a GGUF file: logits, likelihoods, tokens, a few generated words. JSON in, JSON out.
 
-Runs in an environment with llama.cpp's prebuilt library (`pip install xllamacpp numpy`; no fewbits is needed) and calls
-its C API through ctypes: loading, tokenizing and decoding are all there is. Structures passed by value are kept opaque:
-on the 64-bit Unix ABIs a structure of more than 16 bytes lies in memory, so a copy that is larger than the true one
-is the same.
+A program of its own: it may crash without taking `verify` along, and runs in any environment with llama.cpp's prebuilt
+library (`pip install xllamacpp numpy`; no fewbits is needed). It calls the C API through ctypes: loading, tokenizing
+and decoding are all there is. Structures passed by value are kept opaque: on the 64-bit Unix ABIs a structure of more
+than 16 bytes lies in memory, so a copy that is larger than the true one is the same.
 
-    echo '{"path": "m.gguf", "text": "Hello", "ids": [[1, 2, 3]], "logits": true, "generate": 20}' | python llama_cpp.py
+    echo '{"path": "m.gguf", "text": "Hello", "ids": [[1, 2]], "logits": true, "generate": 20}' | python by_llama_cpp.py
 """
 
 from __future__ import annotations
