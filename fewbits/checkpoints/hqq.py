@@ -9,7 +9,7 @@
 The matrix is reshaped to [groups, group_size] (axis 1) and packed so that the first half of its rows are the high
 nibbles and the second half the low ones. zero is real, so this is our format with a minimum, zero * scale; where both
 are 16-bit floats that product is exact in float32 and the layer is, as a real number, what HQQ means. HQQ computes it
-in 16 bits. Where every zero is a whole number (HQQ rounds those of 4 bits) the layer is one of integers with zero
+in 16 bits. Where every zero is a whole number the layer is one of integers with zero
 points. Groups along the other axis, and single bits, are decoded. What is written has scales and zeros of 16 bits.
 
 HQQ itself evaluates the bytes of `compute_dtype` and `unpack_view_dtype` as Python. They are not read here, and other
