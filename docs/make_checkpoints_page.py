@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from fewbits.checkpoints.codecs import CODECS
+from fewbits.checkpoints.gguf_codec import NAME as GGUF
 from fewbits.checkpoints.safetensors_file import SafetensorsFile, write_stream
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.pipeline.convert import Conversion, convert, targets
@@ -48,9 +50,10 @@ its file in `fewbits/checkpoints`. Written by `python docs/make_checkpoints_page
 
 """
 MATRIX = """
-Files of all but EXL2 and EXL3 are read as their libraries read them, bit for bit, on linears that those wrote
-(`tests/golden`). exllamav2 and exllamav3 compute on GPUs alone, and there was none to make a file with: these two
-readers are checked against a second, number by number reading of the kernels' source, and not against the kernels.
+Readers are checked on linears that the libraries themselves wrote (`tests/golden`): values are theirs bit for bit,
+those of bitsandbytes' int8 to two units in the last place. ModelOpt's FP8 and MXFP8 are checked by their definition.
+exllamav2 and exllamav3 compute on GPUs alone, and there was none to make a file with: these two readers are checked
+against a second, number by number reading of the kernels' source, and not against the kernels.
 
 ## Conversions
 
@@ -61,6 +64,8 @@ linear that the library named wrote (`tests/golden/checkpoints`):
 - **rescaled**, **requantized**: refused, unless `--requantize`; then with the signal-to-noise ratio given, against the
   source's values. Rescaled layers keep their codes and only round scales.
 - **weights only**: refused, unless `--requantize`; the weights are lossless, but activations are no longer rounded.
+
+What goes to GGUF, which holds whole models, is in [gguf.md](gguf.md).
 
 """
 NOTES = """
@@ -120,8 +125,28 @@ def _cell(done: Conversion) -> str:
     return layer.action if layer.sqnr_db is None else f"{layer.action}, {layer.sqnr_db:.0f} dB"
 
 
+def speed() -> str:
+    """The newest "convert" record in a paragraph; nothing where there is none."""
+    sys.path.insert(0, str(HERE.parent / "benchmarks"))
+    from recorded import ROOT, latest
+
+    found = latest("convert")
+    if found is None:
+        return ""
+    path, record = found
+    source = path.relative_to(ROOT).as_posix()
+    return (
+        f"\n## Speed and memory\n\n`python benchmarks/bench_convert.py` converts a random GPTQ checkpoint of "
+        f"{record['blocks']} blocks of Llama-7B's shapes\n({record['source_bytes'] / 1e9:.1f} GB) "
+        f"to compressed-tensors in {record['convert_seconds']:.0f} s; copying its files takes "
+        f"{record['copy_seconds']:.0f} s, a ratio of {record['ratio']:.1f}. Peak\nmemory of the process, "
+        f"torch included: {record['peak_bytes'] / 2**30:.2f} GiB. Load of the machine meanwhile: "
+        f"{record['load_average']} on {record['environment']['cores']} cores. From\n[`{source}`](../{source}).\n"
+    )
+
+
 def main() -> None:
-    wanted, reasons = targets(), {}
+    wanted, reasons = [name for name in targets() if name != GGUF], {}
     lines = ["| from \\ to | " + " | ".join(wanted) + " |", "|---" * (len(wanted) + 1) + "|"]
     with tempfile.TemporaryDirectory() as folder:
         for number, ((fixture, case), title) in enumerate(ROWS.items()):
@@ -137,7 +162,7 @@ def main() -> None:
     order = sorted(reasons, key=lambda item: wanted.index(item[0]))
     why = ["| to | why | from |", "|---|---|---|"]
     why += [f"| {to} | {text} | {'; '.join(reasons[to, text])} |" for to, text in order]
-    text = HEAD + "\n".join(held) + "\n" + MATRIX + "\n".join(lines) + "\n" + NOTES + "\n".join(why) + "\n"
+    text = HEAD + "\n".join(held) + "\n" + MATRIX + "\n".join(lines) + "\n" + NOTES + "\n".join(why) + "\n" + speed()
     (HERE / "checkpoints.md").write_text(text, encoding="utf-8")
     print("checkpoints.md")
 
