@@ -12,14 +12,15 @@ tell; what JSON alone tells is checked against them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from fewbits.checkpoints.base import Source, by_library
-from fewbits.core.errors import BadInput, Unsupported
+from fewbits.checkpoints.base import Source
+from fewbits.core.errors import BadInput, FewbitsError, Unsupported
 from fewbits.core.registry import Registry
 from fewbits.formats import Format, Quantized, hadamard
 from fewbits.formats import bits as packing
@@ -46,6 +47,13 @@ CODECS = Registry(
         "exl3": "fewbits.checkpoints.exl3:CODEC",
     },
 )
+
+
+T = TypeVar("T")
+_ONLY_READ = "fewbits reads this format and does not write it"
+# What numbers and settings that lie make of torch's and Python's operations. Other errors (a failed assertion, a disk
+# that cannot be read) say nothing of the file.
+_STUMBLES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,38 +176,39 @@ class Entry:
     about: Any = None
 
 
-class Codec:
+class Codec(ABC):
     """One checkpoint format. A codec that only reads leaves the second half as it is here."""
 
     holds = ""  # a line for `fewbits list checkpoints`
     writes = False
 
+    @abstractmethod
     def claims(self, quantization: dict[str, Any]) -> bool:
         """Whether a `quantization_config` is of this format."""
-        raise NotImplementedError
 
+    @abstractmethod
     def entries(self, source: Source) -> dict[str, Entry]:
         """Module name -> its entry, for every quantized matrix of `source`; reads no weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, source: Source, module: str, entry: Entry) -> Stored | StoredMix | Dense:
-        raise NotImplementedError
+        """The matrix of `entry`, without a change to its numbers where one of our formats has them."""
 
     def refuses(self, stored: Stored) -> str | None:
         """Why this format cannot hold `stored` exactly, or None if it can."""
-        return "fewbits reads this format and does not write it"
+        return _ONLY_READ
 
     def nearest(self, layer: Layer) -> Format:
         """The format to round a weight to that this codec cannot hold as it is. Unsupported if there is none."""
-        raise Unsupported("fewbits reads this format and does not write it")
+        raise Unsupported(_ONLY_READ)
 
     def encode(self, stored: Stored) -> dict[str, Tensor]:
         """The tensors of one linear, by suffix of the module's name."""
-        raise NotImplementedError
+        raise Unsupported(_ONLY_READ)
 
     def quantization(self, layers: Mapping[str, Layer], dense: Iterable[str]) -> dict[str, Any]:
         """What to add to config.json for these quantized linears and those left dense."""
-        raise NotImplementedError
+        raise Unsupported(_ONLY_READ)
 
 
 def find_codec(source: Source) -> tuple[str, Codec] | None:
@@ -227,14 +236,13 @@ class QuantizedModules:
         self.entries: dict[str, Entry] = {}
         if codec is not None:
             damaged = f"{source.path}: its quantization settings are damaged, or of a layout fewbits does not know"
-            self.entries = by_library(damaged, lambda: codec.entries(source))
+            self.entries = _read_by(lambda: codec.entries(source), damaged)
         self.notes: list[str] = []  # what the modules read so far left behind
 
     def read(self, module: str) -> Stored | StoredMix | Dense:
         """Module `module` as its file holds it; BadInput with its name where the file is damaged."""
         try:
-            # What a reader forgot to check shows as an error of torch's.
-            found = by_library("damaged, or of a layout fewbits does not know", lambda: self._read(module))
+            found = _read_by(lambda: self._read(module), "damaged, or of a layout fewbits does not know")
             if not isinstance(found, StoredMix) and found.note and found.note not in self.notes:
                 self.notes.append(found.note)
         except BadInput as error:
@@ -259,6 +267,16 @@ class QuantizedModules:
     def dense(self, module: str) -> Tensor:
         """The weight of `module` for its input as it is, float32."""
         return self.read(module).dense()
+
+
+def _read_by(reader: Callable[[], T], damaged: str) -> T:
+    """What `reader` gives; BadInput that starts with `damaged` for what it stumbles over, having forgotten to check."""
+    try:
+        return reader()
+    except FewbitsError:
+        raise
+    except _STUMBLES as error:
+        raise BadInput(f"{damaged}: {type(error).__name__}: {' '.join(str(error).split())[:500]}") from error
 
 
 def quantized_modules(source: Source) -> QuantizedModules:
