@@ -28,6 +28,7 @@ from fewbits.kernels import triton_attention as attention
 from fewbits.kernels import triton_product as product
 from fewbits.kernels import triton_quantize as quantize
 from fewbits.kernels.kv_tiles import KVTiles
+from fewbits.kernels.timing import microseconds
 from fewbits.kernels.triton_product import Tiles
 from fewbits.metrics.error import sqnr_db
 
@@ -45,35 +46,10 @@ TILES = [
 ]
 
 
-def micros(calls: list[Callable[[], object]], budget_ms: float = 60.0) -> float:
-    """Median microseconds of a call; each of `calls` has buffers of its own."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-
-    def replay() -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-    first = max(replay(), replay())
-    times = sorted(replay() for _ in range(max(7, min(100, int(budget_ms / first)))))
-    return round(times[len(times) // 2] * 1e3 / len(calls), 2)
-
-
 def attempt(calls: list[Callable[[], object]]) -> float | None:
-    """`micros`, or None where the library or the compiler refuses."""
+    """`microseconds`, or None where the library or the compiler refuses."""
     try:
-        return micros(calls)
+        return microseconds(calls)
     except Exception as error:  # RuntimeError, or whatever Triton makes of a shape it cannot compile
         print("   ", type(error).__name__, str(error).splitlines()[0][:100])
         return None
@@ -89,9 +65,12 @@ def best(rows: dict[str, float | None]) -> float:
 
 def ceilings() -> dict[str, float]:
     big = [torch.randn(1 << 27, device=GPU) for _ in range(4)]
-    read, mixed = micros(over(big, torch.sum)), micros(over([0, 2], lambda i: torch.add(big[i], 1, out=big[i + 1])))
+    read, mixed = (
+        microseconds(over(big, torch.sum)),
+        microseconds(over([0, 2], lambda i: torch.add(big[i], 1, out=big[i + 1]))),
+    )
     a = [torch.randn(8192, 8192, device=GPU, dtype=torch.bfloat16) for _ in range(3)]
-    matmul = micros(over([0, 1], lambda i: a[i] @ a[i + 1].t()))
+    matmul = microseconds(over([0, 1], lambda i: a[i] @ a[i + 1].t()))
     found = {
         "read_tb_per_s": round(2**29 / read / 1e6, 3),
         "read_and_write_tb_per_s": round(2**30 / mixed / 1e6, 3),
@@ -127,7 +106,7 @@ def products() -> dict[str, Any]:
     sets = [operands(size, size, size, torch.int8) for _ in range(3)]
     rows: dict[str, float | None] = {"default": attempt(over(sets, own))}
     rows |= {str(tiles): attempt(over(sets, lambda s: own(s, tiles))) for tiles in TILES}
-    torchs = micros(over(sets, lambda s: torch._int_mm(s[0], s[1].t())))
+    torchs = microseconds(over(sets, lambda s: torch._int_mm(s[0], s[1].t())))
     exact = (sets[0][0][:256].double() @ sets[0][1].double().t()).float() * sets[0][2][:256, None] * sets[0][3]
     equal = torch.equal(product.launch(*sets[0], torch.float32)[:256], exact)
 
@@ -144,7 +123,7 @@ def products() -> dict[str, Any]:
         q, scale, apart = quantize.launch(x[i], *INT8_RANGE, mask=mask, outliers=chosen, r=16)
         return product.launch(q, sets[i][1], scale, sets[i][3], torch.bfloat16, apart, weights)
 
-    whole, outliers = micros(over([0, 1, 2], w8a8)), micros(over([0, 1, 2], llm_int8))
+    whole, outliers = microseconds(over([0, 1, 2], w8a8)), microseconds(over([0, 1, 2], llm_int8))
     tops = {name: us and round(2 * size**3 / us / 1e6) for name, us in rows.items()}
     found = {
         "us": rows,
@@ -166,7 +145,7 @@ def shapes() -> dict[str, Any]:
     for name, (n, k) in SHAPES.items():
         x = [torch.randn(4096, k, device=GPU).bfloat16() for _ in range(2)]
         w = [torch.randn(n, k, device=GPU).bfloat16() for _ in range(2)]
-        bf16 = micros(over([0, 1], lambda i: functional.linear(x[i], w[i])))
+        bf16 = microseconds(over([0, 1], lambda i: functional.linear(x[i], w[i])))
         rows: dict[str, float | None] = {}
         for kind, dtype in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8)):
             sets = [operands(4096, n, k, dtype) for _ in range(2)]
@@ -174,7 +153,7 @@ def shapes() -> dict[str, Any]:
                 rows["fp8 _scaled_mm"] = attempt(over(sets, lambda s: scaled_mm(s, True)))
                 rows["fp8 _scaled_mm, exact sums"] = attempt(over(sets, lambda s: scaled_mm(s, False)))
             rows[f"{kind} default"] = attempt(over(sets, own))
-        rounding = micros(over(x, lambda x: quantize.launch(x, *FP8_RANGE)))
+        rounding = microseconds(over(x, lambda x: quantize.launch(x, *FP8_RANGE)))
         fp8 = best({kind: us for kind, us in rows.items() if "exact" not in kind and "fp8" in kind})
         int8 = rows["int8 default"]
         found[name] = {"bf16_us": bf16, "us": rows, "rounding_us": rounding}
@@ -210,10 +189,12 @@ def tokens() -> dict[str, Any]:
         norm = over(x, lambda x: functional.rms_norm(x, (k,), weight[:k], 1e-5))
         fused = over(x, lambda x: quantize.launch(x, *INT8_RANGE, "rms_norm", weight[:k], 1e-5))
         found[str(k)] = {
-            "alone_us": {w: micros(over(x, lambda x: quantize.launch(x, *INT8_RANGE, warps=w))) for w in (2, 4, 8)},
-            "torch_rms_norm_us": micros(norm),
-            "rms_norm_and_rounding_us": micros(fused),
-            "silu_and_rounding_us": micros(over(wide, lambda x: quantize.launch(x, *INT8_RANGE, "silu"))),
+            "alone_us": {
+                w: microseconds(over(x, lambda x: quantize.launch(x, *INT8_RANGE, warps=w))) for w in (2, 4, 8)
+            },
+            "torch_rms_norm_us": microseconds(norm),
+            "rms_norm_and_rounding_us": microseconds(fused),
+            "silu_and_rounding_us": microseconds(over(wide, lambda x: quantize.launch(x, *INT8_RANGE, "silu"))),
         }
         print("rounding, K", k, found[str(k)])
     return found
