@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from fewbits.formats import Format, Quantized
 from fewbits.kernels import fragments, nvrtc, tuned
-from fewbits.kernels.base import LinearSpec, No, Packed, Yes, affine, middle_code, split_levels, whole_tokens
+from fewbits.kernels.base import Bound, LinearSpec, No, Packed, Yes, affine, middle_code, split_levels, whole_tokens
 from fewbits.kernels.fragments import Config, Layout
 
 _ZERO_GROUP = 128  # columns to a group where a whole row has one zero point
@@ -148,7 +148,7 @@ class CudaFragments:
         )  # fmt: skip
         return y
 
-    def bind(self, packed: Packed, spec: LinearSpec):  # type: ignore[no-untyped-def]
+    def bind(self, packed: Packed, spec: LinearSpec) -> Bound:
         if spec.activations is not None:
             return lambda x: self.linear(x, packed, spec)
         return lambda x: self._multiply(x, packed, spec)
