@@ -26,6 +26,7 @@ from fewbits.kernels.fragments import Config, Layout
 _ZERO_GROUP = 128  # columns to a group where a whole row has one zero point
 
 
+@lru_cache(maxsize=1024)  # asked at every product
 def layout_of(format: Format, columns: int, half: bool) -> Layout | No:
     """What of `format` the kernels are compiled for, or why they are not."""
     scaling, table = format.scaling, affine(format) is not None
