@@ -68,9 +68,7 @@ def fragments_linear(
         n=alpha.shape[0], k=x.shape[1],
     )  # fmt: skip
     config = config_for(layout, weight.n, weight.k, x.shape[0], x.device.index)
-    if config is None:
-        return functional.linear(x, fragments.dense(weight, layout))
-    return fragments.multiply(x, weight, layout, config)
+    return fragments.product(x, weight, layout, config)
 
 
 @fragments_linear.register_fake

@@ -389,6 +389,11 @@ def dense(weight: Packed, layout: Layout) -> Tensor:
     return out
 
 
+def product(x: Tensor, weight: Packed, layout: Layout, config: Config | None) -> Tensor:
+    """x [M, k] -> [M, n] by `config`'s kernel; None: the weight decoded once, and a dense product."""
+    return functional.linear(x, dense(weight, layout)) if config is None else multiply(x, weight, layout, config)
+
+
 def fits(config: Config, layout: Layout, n: int, k: int, m: int, sms: int, limit: int = SHARED_LIMIT) -> bool:
     """Whether the configuration takes m tokens, and its blocks no more than `limit` bytes of shared memory."""
     if config.split > -(-k // layout.unit) or (isinstance(config, Few) and m > config.tokens):

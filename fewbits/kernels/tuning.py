@@ -10,11 +10,10 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from fewbits.kernels import fragments, nvrtc
 from fewbits.kernels.fragments import Config, Few, Layout, Many, fits
@@ -71,12 +70,6 @@ def random_weight(layout: Layout, n: int, k: int, device: torch.device) -> fragm
     )  # fmt: skip
 
 
-def run(x: Tensor, weight: fragments.Packed, layout: Layout, config: Config | None) -> Tensor:
-    if config is None:
-        return functional.linear(x, fragments.dense(weight, layout))
-    return fragments.multiply(x, weight, layout, config)
-
-
 def weight_bytes(weight: fragments.Packed) -> int:
     parts = (weight.words, weight.scale, weight.zero, weight.alpha)
     return sum(part.numel() * part.element_size() for part in parts if part is not None)
@@ -114,7 +107,8 @@ def tune(
             times = []
             for config in configs:
                 some = weights if m <= DENSE_FROM else weights[:4]
-                times.append(microseconds([lambda w=weight, c=config: run(x, w, layout, c) for weight in some]))  # noqa: B023
+                calls = [partial(fragments.product, x, weight, layout, config) for weight in some]
+                times.append(microseconds(calls))
             best = min(range(len(configs)), key=times.__getitem__)
             chosen = configs[best]
             say(f"{n} x {k}, {m} tokens: {times[best]:.1f} us, {'dense' if chosen is None else chosen}")
