@@ -14,6 +14,7 @@ from fewbits.core.errors import FewbitsError
 
 SECONDS = 1.0
 BYTES = 200 << 20
+TURNS = 3
 
 
 def first_fast(cases: Iterable[Any]) -> list[Any]:
@@ -29,10 +30,10 @@ def _resident(field: str) -> int:
     return 0
 
 
-def attempt(act: Callable[[], Any]) -> FewbitsError | None:
-    """Runs `act`: the FewbitsError it raised, or None. Any other exception, a second or 200 MB more fail the test.
+def _once(act: Callable[[], Any]) -> tuple[FewbitsError | None, float, int]:
+    """What `act` raised, its CPU seconds and the bytes that it added to the process's peak.
 
-    Memory is the process's peak, which counts torch's buffers too; Linux resets it on request.
+    The peak counts torch's buffers too; Linux resets it on request.
     """
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
@@ -43,7 +44,22 @@ def attempt(act: Callable[[], Any]) -> FewbitsError | None:
     except FewbitsError as error:
         raised = error
         assert str(error)
-    seconds, grown = time.process_time() - began, _resident("VmHWM") - before
+    return raised, time.process_time() - began, _resident("VmHWM") - before
+
+
+def attempt(act: Callable[[], Any]) -> FewbitsError | None:
+    """Runs `act`: the FewbitsError it raised, or None. Any other exception, a second or 200 MB more fail the test.
+
+    An act that was too dear is given two more turns, and its best one counts: the collector walking the objects of
+    a thousand tests, or threads of the test before still spinning, are charged to whoever runs then. The file's own
+    cost comes back each time.
+    """
+    raised, seconds, grown = _once(act)
+    for _ in range(TURNS - 1):
+        if seconds < SECONDS and grown < BYTES:
+            break
+        _, again, more = _once(act)
+        seconds, grown = min(seconds, again), min(grown, more)
     assert seconds < SECONDS, f"took {seconds:.2f} s"
     assert grown < BYTES, f"took {grown >> 20} MiB"
     return raised
