@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from recorded import ROOT, latest, source_line, write_between
+from rows import devices
 
 from fewbits.formats import parse_format
 from fewbits.report.figure import BASELINE, INK, LINE, METHOD, save
@@ -75,7 +76,7 @@ def main() -> None:
     path, record = found
     rows = sorted(record["rows"], key=lambda row: -row["lost"]["mean"])
     save(FIGURE, lambda figure, wide: draw(figure, rows), 0.27 * len(rows) + 0.7, kinds=["png"])
-    write_between(PAGE, table=f"{table(record)}\n{source_line(path)}")
+    write_between(PAGE, table=f"{table(record)}\nComputed on {devices(record)}. {source_line(path)}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench_w8a8 import FACTORS
 from recorded import ROOT, latest, source_line, write_between
-from rows import rise
+from rows import devices, rise
 
 from fewbits.report.figure import INK, SERIES, save
 
@@ -142,10 +142,10 @@ def main() -> None:
     path, record = found
     rows = {(row["name"], row["factor"]): row for row in record["rows"]}
     save(FIGURE, lambda figure, wide: draw(figure, rows), 4.6, kinds=["png"])
-    any_row, device = record["rows"][0], record["environment"].get("device", "")
+    any_row = record["rows"][0]
     said = _TEXT.format(
         factors=by_factor(rows), one=at_one(rows), source=source_line(path), windows=any_row["text"]["samples"],
-        learned=any_row["learned_from"], device=device.replace("-", " ").upper(),
+        learned=any_row["learned_from"], device=devices(record),
     )  # fmt: skip
     write_between(PAGE, results=said, prefill=prefill())
 

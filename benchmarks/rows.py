@@ -1,8 +1,9 @@
 """Rows of a benchmark: settings of `fewbits.quantize`, each measured on the same held-out text, several at a time.
 
 `lost` is the rise of the negative log-likelihood over the original in float32, paired token by token, its standard
-error by windows; perplexity grows by exp(lost) - 1. Rows are kept in a file as they come, with the machine they come
-from: a run that is stopped loses what was under way and no more, and what is in the file is not measured again.
+error by windows; perplexity grows by exp(lost) - 1. Rows are kept in a file as they come, each with its machine and
+commit: a run that is stopped loses what was under way and no more, and what is in the file, or in the record named by
+--since, is not measured again.
 
 The text: `WINDOWS` windows of 512 tokens of the built-in text, those of its evaluation split and, where these are too
 few, windows of its calibration split. Methods learn from `LEARNED` other windows of the latter.
@@ -102,6 +103,7 @@ def rise(row: Row) -> tuple[float, float]:
 def arguments(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resume", type=Path, help="JSON file that keeps the rows as they come")
+    parser.add_argument("--since", type=Path, help="a record whose rows count as measured")
     parser.add_argument("--only", action="append", metavar="KEY", help="measure this row alone; may be repeated")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="of 512 tokens to measure on")
     parser.add_argument("--learned", type=int, default=LEARNED, help="windows that methods learn from")
@@ -121,6 +123,9 @@ def run(benchmark: str, settings: Sequence[Setting], given: argparse.Namespace, 
     kept: dict[str, Any] = {"rows": {}}
     if given.resume and given.resume.exists():
         kept = json.loads(given.resume.read_text(encoding="utf-8"))
+    if given.since:
+        before = json.loads(given.since.read_text(encoding="utf-8"))[benchmark]
+        kept["rows"] = {**_same(settings, before), **kept["rows"]}
     if not given.record:
         kept |= {"environment": {**environment(), "device": device_name()}, "commit": given.commit or commit()}
     rows: dict[str, Row] = kept["rows"]
@@ -133,6 +138,25 @@ def run(benchmark: str, settings: Sequence[Setting], given: argparse.Namespace, 
         raise SystemExit(f"{len(left)} rows are left: run again with the same --resume. Failed: {failed or 'none'}")
     ordered = [rows[setting.key] for setting in settings if setting.key in rows]
     print(save(benchmark, {"environment": kept["environment"], "rows": ordered}, kept["commit"]))
+
+
+def _same(settings: Sequence[Setting], record: dict[str, Any]) -> dict[str, Row]:
+    """The rows of `record` that are rows of `settings`, by key."""
+    device = record["environment"].get("device")
+    found = {}
+    for setting in settings:
+        asked = {name: getattr(setting, name) for name in ("scheme", "method", "options", "act_range")} | setting.more
+        for row in record["rows"]:
+            if all(row.get(name) == value for name, value in asked.items()):
+                found[setting.key] = {"device": device, **row}
+    return found
+
+
+def devices(record: dict[str, Any]) -> str:
+    """The machines that the rows of `record` come from, the one of most rows first."""
+    names = [row.get("device") or record["environment"].get("device", "") for row in record["rows"]]
+    counted = sorted(set(names), key=lambda name: -names.count(name))
+    return " and ".join(f"{name.replace('-', ' ').upper()} ({names.count(name)} rows)" for name in counted)
 
 
 def _measured(
@@ -158,7 +182,7 @@ def _measured(
                 continue
             if row is None:
                 continue
-            kept["rows"][key] = {**row, "commit": kept["commit"]}
+            kept["rows"][key] = {**row, "commit": kept["commit"], "device": device_name()}
             if given.resume:
                 write_json(given.resume, kept)
             print(f"{key:48} {tell(row)}  {row['seconds']:.0f} s", flush=True)
