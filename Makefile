@@ -56,11 +56,12 @@ lint: $(STAMP) ## format, lint, types of the lower layers, layer contract
 check: lint test ## everything a change must pass
 
 bench: $(STAMP) ## measure again and record under benchmarks/results (slow)
-	@set -e; for script in $(filter-out benchmarks/bench_peers.py,$(wildcard benchmarks/bench_*.py)); do echo "== $$script"; $(PY) $$script; done
+	@set -e; for script in $(filter-out benchmarks/bench_peers.py benchmarks/bench_w8a8_peers.py,$(wildcard benchmarks/bench_*.py)); do echo "== $$script"; $(PY) $$script; done
 	@$(MAKE) --no-print-directory docs
 
 peers: $(STAMP) ## other projects' quantizers beside ours, each installed for it (hours on a CPU)
 	$(PY) benchmarks/bench_peers.py
+	$(PY) benchmarks/bench_w8a8_peers.py
 	@$(MAKE) --no-print-directory docs
 
 docs: $(STAMP) ## regenerate the tables and figures in README and docs from benchmarks/results, and docs/cli.md
@@ -71,6 +72,7 @@ docs: $(STAMP) ## regenerate the tables and figures in README and docs from benc
 	$(PY) benchmarks/make_mixed_page.py
 	$(PY) benchmarks/make_kernels_page.py
 	$(PY) benchmarks/make_gguf_page.py
+	$(PY) benchmarks/make_w8a8_page.py
 	$(PY) docs/make_cli_reference.py
 
 clean: ## remove the environment, caches and the demo's output

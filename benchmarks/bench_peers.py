@@ -23,8 +23,9 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peers.environments import install, last_lines, recorded
@@ -46,6 +47,11 @@ EVALUATION_SAMPLES = 16
 class Run:
     """One run of the script: what everyone is given, and how one contestant becomes a result."""
 
+    benchmark: ClassVar[str] = "peers"  # the name of its record, and of the script after `bench_`
+    contestants: ClassVar[Sequence[Contestant]] = CONTESTANTS
+    handed: ClassVar[str] = "decoded.safetensors"  # what a contestant hands back, and what is removed once measured
+    own_folders: ClassVar[tuple[str, ...]] = ("algorithms", "calibration", "formats", "pipeline")
+
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.work = options, options.work
         for folder in ("results", "texts", "scratch"):
@@ -65,7 +71,7 @@ class Run:
         self.environments: dict[str, dict[str, Any]] = {}
         self.recorded: dict[str, Any] = {"peers": {}}
         if options.record:
-            self.adopt(json.loads(options.record.read_text(encoding="utf-8"))["peers"])
+            self.adopt(json.loads(options.record.read_text(encoding="utf-8"))[self.benchmark])
 
     def adopt(self, record: dict[str, Any]) -> None:
         """Puts the results of `record` into the work directory where it has none.
@@ -78,7 +84,7 @@ class Run:
             raise FewbitsError(f"{self.options.record}: made of other texts than {', '.join(self.texts)} here")
         self.recorded = record
         found = {f"{each['row']}/{each['peer']}/{each['label']}": each for each in record["results"]}
-        for contestant in CONTESTANTS:
+        for contestant in self.contestants:
             result, path = found.get(contestant.key), self.result_path(contestant)
             if result is None or result["error"] or path.is_file() or result["options"] != contestant.options:
                 continue
@@ -128,7 +134,7 @@ class Run:
         if not path.is_file():
             return None
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        stale = contestant.peer == OURS and found.get("source") != own_source()
+        stale = contestant.peer == OURS and found.get("source") != own_source(self.own_folders)
         return None if stale and not self.options.kept else found
 
     def result(self, contestant: Contestant) -> dict[str, Any]:
@@ -143,7 +149,7 @@ class Run:
         except FewbitsError as error:
             return {**head, "error": str(error)}
         if contestant.peer == OURS:
-            found["source"] = own_source()
+            found["source"] = own_source(self.own_folders)
         write_json(self.result_path(contestant), found)
         return found
 
@@ -154,26 +160,40 @@ class Run:
         try:
             self._quantize(contestant, out)
             facts = json.loads((out / "facts.json").read_text(encoding="utf-8"))
-            decoded = load_file(out / "decoded.safetensors")
+            handed = load_file(out / self.handed)
             with self.judging:
                 if self.judge is None:
                     device = "cuda" if torch.cuda.is_available() else "cpu"
                     self.judge = Judge(self.model, self.texts, device, self.work / "scratch")
-                evaluations = self.judge.measure(decoded)
+                evaluations = self.evaluations(self.judge, handed)
         finally:
-            (out / "decoded.safetensors").unlink(missing_ok=True)
-        return {**facts, "options": contestant.options, "evaluations": evaluations, "machine": machine()}
+            (out / self.handed).unlink(missing_ok=True)
+        found = {**facts, "options": contestant.options, "evaluations": evaluations}
+        return {**found, "machine": machine(self.benchmark)}
+
+    def evaluations(self, judge: Judge, handed: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+        """Name of the text -> what the judge says of what a contestant handed back."""
+        return judge.measure(handed)
+
+    def script(self, peer: str) -> Path:
+        """What runs in the environment of `peer`."""
+        return HERE / "with_fewbits.py" if peer == OURS else PEERS[peer].script
+
+    def given(self) -> list[Path]:
+        """Files that scripts get after what all of them get."""
+        return []
 
     def _quantize(self, contestant: Contestant, out: Path) -> None:
         if contestant.peer == OURS:
-            python, script = sys.executable, HERE / "with_fewbits.py"
+            python = sys.executable
         else:
             ready = self.environments[contestant.peer]
             if ready["error"]:
                 raise FewbitsError(f"not installed: {ready['error']}")
-            python, script = ready["python"], PEERS[contestant.peer].script
+            python = ready["python"]
         tokens = self.work / "texts" / f"calibration-{self.options.samples}.safetensors"
-        command = [python, script, self.model, tokens, json.dumps(contestant.options), out]
+        options = json.dumps(contestant.options)
+        command = [python, self.script(contestant.peer), self.model, tokens, options, out, *self.given()]
         setting = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         if contestant.peer == OURS:
             setting["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -190,16 +210,16 @@ class Run:
                 raise FewbitsError(f"{last_lines(log.read())} (exit {done.returncode})")
 
 
-def machine() -> dict[str, Any]:
+def machine(benchmark: str = Run.benchmark) -> dict[str, Any]:
     """Where a figure came from; the command without this machine's paths, which repeat nothing elsewhere."""
-    return {**environment(), "command": "python benchmarks/bench_peers.py"}
+    return {**environment(), "command": f"python benchmarks/bench_{benchmark}.py"}
 
 
 @functools.cache
-def own_source() -> str:
-    """A hash over this package's own code that decides what its quantizers give."""
+def own_source(folders: tuple[str, ...]) -> str:
+    """A hash over the code in `folders` of this package: what decides the figures of its own contestants."""
     digest = hashlib.sha256()
-    for folder in ("algorithms", "calibration", "formats", "pipeline"):
+    for folder in folders:
         for path in sorted((ROOT / "fewbits" / folder).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -217,8 +237,8 @@ def line(result: dict[str, Any]) -> str:
     )
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None = __doc__) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="what is quantized; the rows are made for the embedded model")
     parser.add_argument("--work", type=Path, default=CACHE / "work", help="texts, dense model and finished results")
     parser.add_argument("--envs", type=Path, default=CACHE / "envs", help="where the peers are installed")
@@ -245,10 +265,10 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def main() -> None:
-    options = arguments()
-    run = Run(options)
-    wanted = [each for each in CONTESTANTS if not options.only or any(part in each.key for part in options.only)]
+def results_of(run: Run) -> list[dict[str, Any]]:
+    """The results of all contestants that are asked for, in the order of the registry."""
+    options = run.options
+    wanted = [each for each in run.contestants if not options.only or any(part in each.key for part in options.only)]
     missing = [each for each in wanted if run.known(each) is None]
     if not options.kept:
         run.prepare(missing)
@@ -257,8 +277,14 @@ def main() -> None:
         for done in concurrent.futures.as_completed(pool.submit(run.result, each) for each in wanted):
             results.append(done.result())
             print(line(results[-1]), flush=True)
-    order = {each.key: position for position, each in enumerate(CONTESTANTS)}
-    results.sort(key=lambda found: order[f"{found['row']}/{found['peer']}/{found['label']}"])
+    order = {each.key: position for position, each in enumerate(run.contestants)}
+    return sorted(results, key=lambda found: order[f"{found['row']}/{found['peer']}/{found['label']}"])
+
+
+def main() -> None:
+    options = arguments()
+    run = Run(options)
+    results = results_of(run)
     record = {
         "environment": machine(),
         "model": options.model,

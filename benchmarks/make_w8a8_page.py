@@ -1,4 +1,5 @@
-"""Writes what docs/w8a8.md says of results, tables and figure, from the newest "w8a8" and "prefill" records.
+"""Writes what docs/w8a8.md says of results, tables and figure, from the newest "w8a8", "prefill" and
+"w8a8_peers" records.
 
 python benchmarks/make_w8a8_page.py
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from bench_w8a8 import FACTORS
+from peers import w8a8_page
 from recorded import ROOT, latest, source_line, write_between
 from rows import devices, rise
 
@@ -135,6 +137,15 @@ def prefill() -> str:
     )
 
 
+def peers() -> str:
+    """Other projects at the same bits."""
+    found = latest("w8a8_peers")
+    if found is None:
+        return ""
+    path, record = found
+    return f"{w8a8_page.page(record)} {source_line(path, 'bench_w8a8_peers.py')}\n"
+
+
 def main() -> None:
     found = latest("w8a8")
     if found is None:
@@ -147,7 +158,7 @@ def main() -> None:
         factors=by_factor(rows), one=at_one(rows), source=source_line(path), windows=any_row["text"]["samples"],
         learned=any_row["learned_from"], device=devices(record),
     )  # fmt: skip
-    write_between(PAGE, results=said, prefill=prefill())
+    write_between(PAGE, results=said, prefill=prefill(), peers=peers())
 
 
 if __name__ == "__main__":

@@ -109,10 +109,22 @@ def finish(
     weights: int | None = None,
 ) -> None:
     """Writes the result. parts: stored bits by part over all `weights` (default: the 2-D tensors of `decoded`)."""
-    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in decoded.items()}
+    hand_back(job, decoded, "decoded.safetensors")
+    weights = weights or sum(tensor.numel() for tensor in decoded.values() if tensor.dim() == 2)
+    write_facts(job, parts, packages, settings, weights)
+
+
+def hand_back(job: Job, tensors: dict[str, torch.Tensor], name: str) -> None:
+    """Writes `tensors` as float32 into the file `name` of OUT."""
     job.out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, job.out / "decoded.safetensors")
-    weights = weights or sum(tensor.numel() for tensor in tensors.values() if tensor.dim() == 2)
+    plain = {key: tensor.detach().float().cpu().contiguous() for key, tensor in tensors.items()}
+    save_file(plain, job.out / name)
+
+
+def write_facts(
+    job: Job, parts: dict[str, float], packages: list[str], settings: str, weights: int, **more: Any
+) -> None:
+    """facts.json; arguments as for `finish`, `more` facts as they are."""
     versions = {name: importlib.metadata.version(name) for name in (*packages, "torch")}
     facts = {
         "versions": {"python": platform.python_version(), **versions},
@@ -124,5 +136,6 @@ def finish(
         "bits_per_weight": sum(parts.values()) / weights,
         "settings": settings,
         "notes": job.notes,
+        **more,
     }
     (job.out / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

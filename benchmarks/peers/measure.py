@@ -13,15 +13,18 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fewbits.calibration.data import TextSpec, TokenSet, ids_sha256, pack, read_texts
 from fewbits.checkpoints.safetensors_file import write_stream
 from fewbits.checkpoints.source import open_source
 from fewbits.core.errors import FewbitsError
 from fewbits.core.record import write_json
-from fewbits.evaluation.evaluate import evaluate
+from fewbits.evaluation.evaluate import evaluate, score
 from fewbits.evaluation.forward import Forward
 from fewbits.evaluation.reference import Reference
+from fewbits.metrics import block_estimate, perplexity
+from fewbits.metrics.result import divergence
 from fewbits.runtime.load import load
 
 LENGTH = 512
@@ -59,6 +62,26 @@ def write_dense(model: str, directory: Path) -> Path:
     return directory
 
 
+class Replayed(Forward):
+    """The forward pass of a model that ran elsewhere over the windows `ids` [samples, length].
+
+    hidden: [samples, length, width], what its head would have read. head: [vocabulary, width]. Raises `FewbitsError`
+    for states of other windows, and as `Forward` for NaN.
+    """
+
+    def __init__(self, ids: torch.Tensor, hidden: torch.Tensor, head: torch.Tensor, device: torch.device) -> None:
+        # Not the constructor of Forward: it tries a model out, and there is none.
+        if hidden.shape != (*ids.shape, head.shape[1]):
+            raise FewbitsError(f"hidden states {tuple(hidden.shape)} for windows of {tuple(ids.shape)} tokens")
+        self.name, self.device, self.separable, self.vocabulary = "what was handed back", device, True, head.shape[0]
+        self._states = {ids_sha256(window): states for window, states in zip(ids, hidden.to(device), strict=True)}
+        weight = head.to(device)
+        self.head = lambda states: nn.functional.linear(states, weight)
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._states[ids_sha256(ids)]
+
+
 class Judge:
     """The original's predictions on every text, and the model that contestants' weights are laid over."""
 
@@ -75,7 +98,7 @@ class Judge:
     def linears(self) -> set[str]:
         """The weights every contestant must have quantized: those of the linears of the blocks."""
         modules = self.model.named_modules()
-        found = {name for name, module in modules if isinstance(module, torch.nn.Linear)}
+        found = {name for name, module in modules if isinstance(module, nn.Linear)}
         return {f"{name}.weight" for name in found if ".layers." in name}
 
     def measure(self, decoded: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
@@ -87,6 +110,21 @@ class Judge:
             return {name: self._against(reference) for name, reference in self.references.items()}
         finally:
             self._put(kept)
+
+    def measure_states(self, text: str, handed: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Perplexity, KL and top-1 of what running.py hands back for the windows of `text`."""
+        reference = self.references[text]
+        head = handed.get("head", self.model.get_output_embeddings().weight)
+        forward = Replayed(reference.tokens.ids, handed["hidden"], head, reference.device)
+        with torch.inference_mode():
+            scores = score(forward, reference.tokens.ids, reference)
+        return {
+            "perplexity": perplexity(block_estimate(scores.nll)).to_dict(),
+            "reference_perplexity": perplexity(block_estimate(reference.nll)).to_dict(),
+            "kl": divergence(scores.kl).to_dict(),
+            "top1": block_estimate(scores.top1).to_dict(),
+            "lost": block_estimate(scores.nll - reference.nll).to_dict(),
+        }
 
     def _check(self, decoded: dict[str, torch.Tensor]) -> None:
         missing = self.linears() - decoded.keys()

@@ -79,7 +79,7 @@ def page(record: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
+def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
     rule = "|" + "|".join("---" if index < left else "---:" for index in range(len(head))) + "|"
     return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)])
 
@@ -97,7 +97,7 @@ def _summary(record: dict[str, Any]) -> str:
         bits = f"{found.ours['bits_per_weight']:.3f}"
         rows.append([row["name"], *theirs, found.ours["label"], bits, _figure(found.ours), f"{found.ratio:.2f}"])
     head = ["row", "best peer", "bits", "KL", "best of ours at no more bits", "bits", "KL", "ours / theirs"]
-    return _table(head, rows, left=2)
+    return table(head, rows, left=2)
 
 
 def _own_methods(record: dict[str, Any]) -> str:
@@ -105,7 +105,7 @@ def _own_methods(record: dict[str, Any]) -> str:
     labels = ("RTN asym", "GPTQ asym", "GPTAQ asym")
     found = {(each["row"], each["label"]): _figure(each) for each in measured(record) if each["peer"] == OURS}
     rows = [[row["name"], *(found.get((row["name"], label), "-") for label in labels)] for row in record["rows"]]
-    return "KL of our own methods on the same asymmetric integers:\n\n" + _table(["row", "RTN", "GPTQ", "GPTAQ"], rows)
+    return "KL of our own methods on the same asymmetric integers:\n\n" + table(["row", "RTN", "GPTQ", "GPTAQ"], rows)
 
 
 def _figure(result: dict[str, Any], text: str = TEXT) -> str:
@@ -134,7 +134,7 @@ def _results(record: dict[str, Any], row: dict[str, Any]) -> str:
             *(_figure(result, other) for other in others),
             f"{duration_text(result['seconds'])}, {_device(result)}",
         ])  # fmt: skip
-    return _table([*head, "time"], rows)
+    return table([*head, "time"], rows)
 
 
 def _device(result: dict[str, Any]) -> str:
@@ -161,7 +161,7 @@ def _peers(record: dict[str, Any]) -> str:
         seconds = peer.get("seconds")
         state = peer.get("error") or ("-" if seconds is None else duration_text(seconds))
         rows.append([name, shown or "-", "yes" if peer["calibrated"] else "no", state, memory])
-    return _table(["peer", "versions", "calibrated", "installed in", "peak memory"], rows, left=3)
+    return table(["peer", "versions", "calibrated", "installed in", "peak memory"], rows, left=3)
 
 
 def _settings(record: dict[str, Any]) -> str:

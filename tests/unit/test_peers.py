@@ -176,7 +176,7 @@ def test_results_are_kept_and_ours_only_while_the_code_is_the_same(
     for _ in range(2):
         assert [run.result(each)["bits_per_weight"] for each in contestants] == [4.25, 4.25]
     assert made == ["HQQ", OURS]
-    monkeypatch.setattr(bench_peers, "own_source", lambda: "changed since")
+    monkeypatch.setattr(bench_peers, "own_source", lambda _: "changed since")
     for each in contestants:
         run.result(each)
     assert made == ["HQQ", OURS, OURS]
