@@ -22,6 +22,7 @@ from fewbits.pipeline.convert import Conversion, convert, targets
 
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE.parent / "tests" / "golden" / "checkpoints"
+MODULE = "model.layers.0.mlp.experts.0.down_proj"  # of gpt-oss, so that its own layout has a column, too
 # (fixture, case) -> what a reader calls it
 ROWS = {
     ("gptq", "gptq-4-32-sym"): "GPTQ, symmetric",
@@ -41,6 +42,7 @@ ROWS = {
     ("modelopt", "nvfp4"): "ModelOpt NVFP4",
     ("mlx", "affine-4-64-half"): "MLX, 4 bits",
     ("mlx", "mxfp4-4-32"): "MLX MXFP4",
+    ("mxfp4", "down_proj"): "gpt-oss MXFP4",
     ("hqq", "4-axis1"): "HQQ, 4 bits",
 }
 HEAD = """# Checkpoint formats
@@ -65,12 +67,22 @@ linear that the library named wrote (`tests/golden/checkpoints`):
   source's values. Rescaled layers keep their codes and only round scales.
 - **weights only**: refused, unless `--requantize`; the weights are lossless, but activations are no longer rounded.
 
-What goes to GGUF, which holds whole models, is in [gguf.md](gguf.md).
+What goes to GGUF, which holds whole models, is in [gguf.md](gguf.md). `mxfp4` is gpt-oss's own layout, and no other
+model is written in it; its column is of linears in the place of an expert.
+
+A killed conversion, repeated with the same arguments, continues after its last whole shard and ends in the very bytes
+of an undisturbed one (to GGUF, which is one file, it begins anew). With other arguments or a changed source it is
+refused, and `--restart` discards what was done.
 
 """
 NOTES = """
 Minus zero, which E2M1 and E4M3 have and our grids do not, becomes zero. `dense` decodes in float32 here. A layer whose
 scales are bfloat16 goes to GPTQ or AWQ without loss where float16 has the same numbers, which is the usual case.
+
+gpt-oss's experts lie in one tensor a block in `mxfp4` and `dense`, as transformers has them. In all other formats they
+are linears of their own (`experts.3.gate_proj`), as llm-compressor writes them: fewbits reads that; whether a runtime
+does for this family is up to it. `fewbits quantize MODEL --scheme mxfp4 --checkpoint-format mxfp4` makes such a
+checkpoint of a dense gpt-oss.
 
 ## Why not lossless
 
@@ -81,7 +93,7 @@ def source(folder: Path, fixture: str, case: str) -> Path:
     """The linear of a fixture as a directory of its own."""
     file = SafetensorsFile(GOLDEN / f"{fixture}.safetensors")
     about: dict[str, Any] = json.loads(file.metadata["cases"])[case]
-    config = {"model_type": "none", "dtype": "float16"}
+    config = {"model_type": "gpt_oss", "dtype": "float16"}
     config |= about if "quantization" in about else {"quantization_config": about}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
@@ -89,11 +101,17 @@ def source(folder: Path, fixture: str, case: str) -> Path:
     names = [name for name in file.names() if name.startswith(f"{case}/m.")]
     infos = {name: file.info(name) for name in names}
     items = [
-        (name.removeprefix(f"{case}/"), infos[name].dtype, infos[name].shape, lambda name=name: file.tensor(name))
+        (_placed(name, case), infos[name].dtype, infos[name].shape, lambda name=name: file.tensor(name))
         for name in names
     ]
     write_stream(folder / "model.safetensors", items)
     return folder
+
+
+def _placed(name: str, case: str) -> str:
+    """The fixture's module "m" as an expert of gpt-oss; experts in one tensor are already."""
+    name = name.removeprefix(f"{case}/m.")
+    return f"model.layers.0.mlp.{name}" if name.startswith("experts.") else f"{MODULE}.{name}"
 
 
 def run(first: Path, to: str, out: Path) -> tuple[str, str]:
@@ -119,10 +137,11 @@ def _general(why: str) -> str:
 
 
 def _cell(done: Conversion) -> str:
-    (layer,) = done.layers
-    if layer.action == "decoded":
-        return "lossless" if layer.sqnr_db is None else f"{layer.sqnr_db:.0f} dB"
-    return layer.action if layer.sqnr_db is None else f"{layer.action}, {layer.sqnr_db:.0f} dB"
+    (action,) = done.actions
+    worst = min((layer.sqnr_db for layer in done.layers if layer.sqnr_db is not None), default=None)
+    if action == "decoded":
+        return "lossless" if worst is None else f"{worst:.0f} dB"
+    return action if worst is None else f"{action}, {worst:.0f} dB"
 
 
 def speed() -> str:

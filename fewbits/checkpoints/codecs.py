@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoints.base import Source
+from fewbits.checkpoints.fused_experts import Fused
 from fewbits.core.errors import BadInput, FewbitsError, Unsupported
 from fewbits.core.registry import Registry
 from fewbits.formats import Format, Quantized, hadamard
@@ -181,6 +182,7 @@ class Codec(ABC):
 
     holds = ""  # a line for `fewbits list checkpoints`
     writes = False
+    fuses = False  # whether all experts of a block lie in one tensor: `fuse` then makes it of what `encode` gives
 
     @abstractmethod
     def claims(self, quantization: dict[str, Any]) -> bool:
@@ -194,6 +196,14 @@ class Codec(ABC):
     def read(self, source: Source, module: str, entry: Entry) -> Stored | StoredMix | Dense:
         """The matrix of `entry`, without a change to its numbers where one of our formats has them."""
 
+    def refuses_model(self, config: Mapping[str, Any]) -> str | None:
+        """Why no model of this config.json can be written, or None."""
+        return None
+
+    def takes(self, module: str) -> bool:
+        """Whether a module of this name is quantized in this format; what is not stays dense."""
+        return True
+
     def refuses(self, stored: Stored) -> str | None:
         """Why this format cannot hold `stored` exactly, or None if it can."""
         return _ONLY_READ
@@ -204,6 +214,10 @@ class Codec(ABC):
 
     def encode(self, stored: Stored) -> dict[str, Tensor]:
         """The tensors of one linear, by suffix of the module's name."""
+        raise Unsupported(_ONLY_READ)
+
+    def fuse(self, fused: Fused, encoded: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """The tensors of one parameter of all experts, of what `encode` gave for each of its linears."""
         raise Unsupported(_ONLY_READ)
 
     def quantization(self, layers: Mapping[str, Layer], dense: Iterable[str]) -> dict[str, Any]:

@@ -107,6 +107,29 @@ def module_entry(
     }
 
 
+def layer_entry(layer: Layer) -> dict[str, Any]:
+    """`module_entry` of a layer."""
+    return module_entry(
+        layer.format,
+        layer.activations,
+        layer.shape,
+        layer.input_hadamard,
+        layer.residual,
+        layer.outliers,
+        layer.ordered,
+    )
+
+
+def read_layer(name: str, entry: dict[str, Any]) -> Layer:
+    """The layer that `layer_entry` described; BadInput, with its name, if the entry is damaged."""
+    found = read_modules({"version": VERSION, "modules": {name: entry}})[name]
+    assert isinstance(found.format, Format)
+    return Layer(
+        format=found.format, shape=found.shape, activations=found.activations, ordered=found.input_order,
+        input_hadamard=found.input_hadamard, residual=found.residual, outliers=found.outliers,
+    )  # fmt: skip
+
+
 def quantization_config(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """`quantization_config` of config.json."""
     said = {key for entry in modules.values() for key in entry}
@@ -248,18 +271,7 @@ class Native(Codec):
         return {**stored.state, **ordered, **residual, **outliers, **stored.inputs}
 
     def quantization(self, layers: Mapping[str, Layer], dense: Iterable[str]) -> dict[str, Any]:
-        modules = {
-            name: module_entry(
-                layer.format,
-                layer.activations,
-                layer.shape,
-                layer.input_hadamard,
-                layer.residual,
-                layer.outliers,
-                layer.ordered,
-            )
-            for name, layer in layers.items()
-        }
+        modules = {name: layer_entry(layer) for name, layer in layers.items()}
         return {"quantization_config": quantization_config(modules)}
 
 

@@ -16,17 +16,18 @@ from fewbits.core.errors import BadInput
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-@guarded()
+@guarded(resumes=True)
 def convert(
     model: Annotated[str, typer.Argument(metavar="SRC", help="A quantized checkpoint: a directory or hub id.")],
     to: Annotated[
         str, typer.Option(metavar="FORMAT", help="Checkpoint format, of `fewbits list checkpoints`, or dense.")
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="New directory.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="New directory; a killed run resumes there.")],
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Round again what the format cannot hold, and state the error.")
     ] = False,
     dtype: Annotated[str | None, typer.Option(help=f"Of what becomes dense: {', '.join(DTYPES)}.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Start over, whatever was done.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the account as JSON.")] = False,
 ) -> None:
     """A quantized checkpoint in another format; lossless where the formats share their numbers, else refused."""
@@ -38,7 +39,8 @@ def convert(
         raise BadInput(f"--dtype {dtype}: allowed: {', '.join(DTYPES)}")
     with ProgressBar() as bar:
         done = run(
-            model, to, out, requantize=requantize, dtype=getattr(torch, dtype) if dtype else None, progress=bar
+            model, to, out, requantize=requantize, dtype=getattr(torch, dtype) if dtype else None, restart=restart,
+            progress=bar,
         )  # fmt: skip
     if as_json:
         print_json(done.to_dict())

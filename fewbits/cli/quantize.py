@@ -15,7 +15,7 @@ from fewbits.cli.text import calibration_text
 from fewbits.core.errors import BadInput
 from fewbits.core.units import bytes_text, duration_text
 
-FORMATS = ("auto", "compressed-tensors", "native", "gguf")
+FORMATS = ("auto", "compressed-tensors", "native", "gguf", "mxfp4")
 
 
 @guarded(resumes=True)

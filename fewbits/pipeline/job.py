@@ -17,6 +17,7 @@ from fewbits.algorithms import input_ranges
 from fewbits.algorithms.compose import Recipe, compose
 from fewbits.calibration.coverage import POLICIES
 from fewbits.calibration.data import TextSpec, TokenSet, pack, read_texts
+from fewbits.checkpoints import mxfp4
 from fewbits.checkpoints.base import Source
 from fewbits.checkpoints.source import open_source
 from fewbits.core.errors import BadInput, Unsupported, unknown
@@ -29,7 +30,7 @@ from fewbits.planner.plan import Plan
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LEARNED_TEXT = 3  # times the windows, by default, for methods that learn
 _ONE_FORMAT = ("rewrite", "residual", "learn")  # roles of steps that take no linear of several formats
-CHECKPOINT_FORMATS = ("auto", "compressed-tensors", "native", "gguf")
+CHECKPOINT_FORMATS = ("auto", "compressed-tensors", "native", "gguf", "mxfp4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +138,8 @@ def prepare(
     for pattern in ignore:
         compiled(pattern)
     source = open_source(model)
+    if checkpoint_format == mxfp4.FORMAT and (reason := mxfp4.CODEC.refuses_model(source.config())):
+        raise Unsupported(f"checkpoint format {mxfp4.FORMAT}: {reason}; compressed-tensors holds MXFP4 of other models")
     dtype = DTYPES[dtype_name] if dtype_name else source.dtype
     scheme = dataclasses.replace(scheme, weights=scheme.weights.with_scale_dtype(dtype))
     if "lm_head" not in ignore and "lm_head.weight" in source.tied():

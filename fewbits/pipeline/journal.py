@@ -1,4 +1,6 @@
-"""What lets a killed run continue: one file per finished block, in a hidden directory beside the output.
+"""What lets a killed run continue: files of what is finished, in a hidden directory beside the output.
+
+`Unfinished` is that directory, of whatever run; `Journal` that of a quantization, with one file per finished block:
 
     .OUT.partial/run.json               what is being computed; a different run refuses to continue it
     .OUT.partial/choice.json            what `--method auto` chose, before anything is quantized
@@ -20,7 +22,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -30,23 +32,29 @@ from fewbits.core.errors import BadInput
 from fewbits.core.record import write_json
 
 Streams = dict[str, list[Tensor]]
+_LOCK = "lock"
 
 
-class Journal:
+def check_output(out: Path) -> None:
+    """BadInput where there is something that a run would have to overwrite."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"{out} exists and holds something else; choose another output, or remove it first")
+
+
+class Unfinished:
     """The unfinished output `out` of the run described by `fingerprint` (JSON-ready)."""
 
     def __init__(self, out: Path, fingerprint: dict[str, Any]) -> None:
         self.out = out
         self.directory = out.parent / f".{out.name}.partial"
         self.final = self.directory / "final"
-        self._choice = self.directory / "choice.json"
         self.fingerprint = json.loads(json.dumps(fingerprint))
 
     @contextlib.contextmanager
-    def open(self, *, restart: bool) -> Iterator[Journal]:
+    def open(self, *, restart: bool) -> Iterator[Self]:
         """Locks the unfinished run, creating it or continuing one with the same fingerprint."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        with open(self.directory / "lock", "w", encoding="utf-8") as lock:
+        with open(self.directory / _LOCK, "w", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -59,8 +67,11 @@ class Journal:
     def _claim(self, *, restart: bool) -> None:
         run = self.directory / "run.json"
         if restart:
-            for path in [*self.directory.glob("*.safetensors"), self._choice]:
-                path.unlink(missing_ok=True)
+            for path in self.directory.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != _LOCK:
+                    path.unlink()
         elif run.exists():
             before = read_json(run)
             if before != self.fingerprint:
@@ -74,6 +85,17 @@ class Journal:
     def discard(self) -> None:
         """Removes everything of the unfinished run."""
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def publish(self) -> None:
+        """Renames the assembled checkpoint to its final name and removes the rest."""
+        if self.out.exists():
+            self.out.rmdir()  # only ever an empty directory: anything else was refused at the start
+        os.replace(self.final, self.out)
+        self.discard()
+
+
+class Journal(Unfinished):
+    """The unfinished output of a quantization."""
 
     def block_path(self, index: int) -> Path:
         return self.directory / f"block-{index:05}.safetensors"
@@ -103,6 +125,10 @@ class Journal:
         _write(path, _flat(streams))
         path.unlink()
 
+    @property
+    def _choice(self) -> Path:
+        return self.directory / "choice.json"
+
     def choice(self) -> dict[str, Any] | None:
         """What was chosen for this run before it was interrupted."""
         if self._choice.exists():
@@ -129,13 +155,6 @@ class Journal:
         """What was noted of the layers of block `index`."""
         found: list[dict[str, Any]] = json.loads(SafetensorsFile(self.block_path(index)).metadata["records"])
         return found
-
-    def publish(self) -> None:
-        """Renames the assembled checkpoint to its final name and removes the rest."""
-        if self.out.exists():
-            self.out.rmdir()  # only ever an empty directory: anything else was refused at the start
-        os.replace(self.final, self.out)
-        self.discard()
 
 
 def _flat(streams: Streams) -> dict[str, Tensor]:

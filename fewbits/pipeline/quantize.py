@@ -22,18 +22,18 @@ from fewbits.algorithms.base import Residual
 from fewbits.algorithms.compose import compose
 from fewbits.calibration.collect import Ref
 from fewbits.calibration.data import TextSpec, TokenSet
-from fewbits.checkpoints import compressed_tensors, native
+from fewbits.checkpoints import compressed_tensors, mxfp4, native
 from fewbits.core.errors import BadInput, FewbitsError, Unsupported
 from fewbits.core.progress import OnProgress, Progress
 from fewbits.core.units import bytes_text
 from fewbits.formats.mix import Mix, Weights
 from fewbits.formats.outliers import OutlierSpec
 from fewbits.models.walk import linears
-from fewbits.pipeline import certificate, gguf_output, output
+from fewbits.pipeline import certificate, experts_output, gguf_output, output
 from fewbits.pipeline.auto import choose
 from fewbits.pipeline.block import Layer
 from fewbits.pipeline.job import Job, ignored, prepare
-from fewbits.pipeline.journal import Journal
+from fewbits.pipeline.journal import Journal, check_output
 from fewbits.pipeline.measure import measure
 from fewbits.pipeline.planning import plan as make_plan
 from fewbits.pipeline.shell import ModelShell, check_vocabulary
@@ -118,7 +118,7 @@ def quantize(
     if certificate.is_of(job.out, journal.fingerprint):
         report(Progress("done", 1, 1, f"{job.out} is already complete"))
         return job.out
-    _check_output(job.out)
+    check_output(job.out)
     with journal.open(restart=restart):
         try:
             _run(job, journal, report, started)
@@ -138,11 +138,6 @@ def _residual(method: str | None, options: dict[str, Any] | None) -> Residual | 
     return None if method in (None, auto.NAME) else compose(method, options).residual
 
 
-def _check_output(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out} exists and holds something else; choose another output, or remove it first")
-
-
 def _run(job: Job, journal: Journal, report: OnProgress, started: float) -> None:
     # What is computed: float32 on a CPU and for sources that hold float32; else the model's own dtype.
     first = job.source.info(next(name for name in job.source.names() if name.endswith(".weight")))
@@ -157,7 +152,8 @@ def _run(job: Job, journal: Journal, report: OnProgress, started: float) -> None
         names = [f"{prefix}.{ref.name}" for (prefix, _), refs in zip(shell.blocks, chosen, strict=True) for ref in refs]
         job.plan.check(job.source.identity, names)
     modules = _modules(job, shell, chosen)
-    kind = _checkpoint_kind(job, modules)
+    quantized = experts_output.sources(job, modules)
+    kind = _checkpoint_kind(job, modules, quantized)
     for tokens in (job.calibration, job.probe):
         if tokens is not None:
             check_vocabulary(tokens.ids, shell.model.config)
@@ -192,14 +188,18 @@ def _run(job: Job, journal: Journal, report: OnProgress, started: float) -> None
             measure(job.recipe.name, job.out.name, job.source.path, job.probe, pairs, compute, job.device)
         )
     report(Progress("write", 0, 1, str(job.out)))
-    _assemble(job, journal, shell, kind, modules, evaluations, started)
+    _assemble(job, journal, shell, kind, modules, quantized, evaluations, started)
     journal.publish()
     report(Progress("done", 1, 1, str(job.out)))
 
 
 def _chosen(shell: ModelShell, index: int, job: Job) -> list[Ref]:
     prefix, block = shell.blocks[index]
-    return [ref for ref in linears(block, shell.topology) if not ignored(f"{prefix}.{ref.name}", job.ignore)]
+    return [
+        ref
+        for ref in linears(block, shell.topology)
+        if not ignored(f"{prefix}.{ref.name}", job.ignore) and experts_output.chosen(job, f"{prefix}.{ref.disk_name}")
+    ]
 
 
 def _nothing(shell: ModelShell, job: Job) -> BadInput:
@@ -236,7 +236,7 @@ def _too_narrow(format: Weights, columns: int) -> str | None:
     return f"group size {size} is larger than its input dimension {columns}" if size and size > columns else None
 
 
-def _checkpoint_kind(job: Job, modules: dict[str, tuple[tuple[int, int], Weights]]) -> str:
+def _checkpoint_kind(job: Job, modules: dict[str, tuple[tuple[int, int], Weights]], quantized: set[str]) -> str:
     said = {reason: format.name for shape, format in modules.values() if (reason := _refused(format, job, shape))}
     coded = len(said)  # the reasons so far are of formats, the ones to come of what goes beside them
     if job.input_hadamard:
@@ -248,6 +248,11 @@ def _checkpoint_kind(job: Job, modules: dict[str, tuple[tuple[int, int], Weights
     if job.checkpoint_format == gguf_output.KIND:
         gguf_output.check(job, modules, list(said)[coded:])
         return gguf_output.KIND
+    if job.checkpoint_format == mxfp4.FORMAT:
+        experts_output.check(job, modules, quantized, list(said)[coded:])
+        return mxfp4.FORMAT
+    if any(map(experts_output.is_parameter, quantized)):
+        said["it names linears, and these are none"] = "experts that share a tensor"
     plain = [format for _, format in modules.values() if not isinstance(format, Mix)]
     mixed = compressed_tensors.refuses_mix(plain)
     if job.checkpoint_format == "native" or ((said or mixed) and job.checkpoint_format == "auto"):
@@ -304,6 +309,7 @@ def _assemble(
     shell: ModelShell,
     kind: str,
     modules: dict[str, tuple[tuple[int, int], Weights]],
+    quantized: set[str],
     evaluations: list[dict[str, Any]],
     started: float,
 ) -> None:
@@ -312,23 +318,20 @@ def _assemble(
         shutil.rmtree(directory)
     directory.mkdir()
     present = set(job.source.names())
-    absent = sorted(name for name in modules if f"{name}.weight" not in present)
-    if absent:
-        raise Unsupported(
-            f"{absent[0]}.weight is fused in the source file; fewbits writes experts apart: split the source first"
-        )
     tied = {name for name in present if name == "lm_head.weight" and job.source.config().get("tie_word_embeddings")}
     dropped = {name: "computed from config.json" for name in present if name.endswith("rotary_emb.inv_freq")}
     blocks = [journal.block_path(index) for index in range(len(shell.blocks))]
     solved = output.block_items(blocks)
     kept, account = output.kept_items(
         job.source,
-        {f"{name}.weight" for name in modules},
+        quantized,
         tied - {"model.embed_tokens.weight"},
         dropped,
         {item.name for item in solved},
         job.dtype,
     )
+    if kind == mxfp4.FORMAT:
+        solved = experts_output.items(solved, modules)
     items = [*kept, *solved]
     if kind == gguf_output.KIND:
         size = gguf_output.write(directory, job, items, modules)
@@ -339,6 +342,8 @@ def _assemble(
         ignore = _linear_names(shell) - set(modules)
         formats = {name: format for name, (_, format) in modules.items()}
         config = compressed_tensors.quantization_config(formats, job.scheme.activations, ignore)
+    elif kind == mxfp4.FORMAT:
+        config = mxfp4.CODEC.quantization({}, [])["quantization_config"]
     else:
         outliers = _outliers(shell, [record for index in range(len(blocks)) for record in journal.records(index)])
         config = native.quantization_config(

@@ -52,7 +52,7 @@ class ModelShell:
         self.source, self.device, self.dtype = source, device, dtype
         config = source.config()
         self.topology = find_topology(config)
-        self.model: Any = skeleton(config, attention="sdpa")
+        self.model: Any = skeleton(config)  # with sdpa where the family has it; gpt-oss, with its sinks, has not
         self.blocks = blocks(self.model, self.topology)
         self._arguments: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
 

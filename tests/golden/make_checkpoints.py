@@ -231,10 +231,11 @@ def mxfp4() -> Iterator[tuple[str, Case]]:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     draw = torch.Generator().manual_seed(0)
-    blocks = torch.randint(0, 256, (2, 24, 2, 16), generator=draw, dtype=torch.uint8)
-    scales = torch.randint(110, 135, (2, 24, 2), generator=draw, dtype=torch.uint8)
-    expected = convert_moe_packed_tensors(blocks, scales)
-    yield "experts", ({"quant_method": "mxfp4"}, {"down_proj_blocks": blocks, "down_proj_scales": scales}, expected)
+    for name, rows in (("down_proj", 24), ("gate_up_proj", 16)):
+        blocks = torch.randint(0, 256, (2, rows, 2, 16), generator=draw, dtype=torch.uint8)
+        scales = torch.randint(110, 135, (2, rows, 2), generator=draw, dtype=torch.uint8)
+        held = {f"experts.{name}_blocks": blocks, f"experts.{name}_scales": scales}
+        yield name, ({"quant_method": "mxfp4"}, held, convert_moe_packed_tensors(blocks, scales))
 
 
 def hqq() -> Iterator[tuple[str, Case]]:

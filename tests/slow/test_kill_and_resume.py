@@ -1,4 +1,4 @@
-"""Thirty SIGKILLs at random moments of one quantization: it completes, and every tensor has the same bytes."""
+"""SIGKILLs at random moments of one quantization or conversion: it completes, and every tensor has the same bytes."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tiny_runtime_models import saved, tiny_llama
+from tiny_runtime_models import quantized_weights, saved, tiny_llama, write_quantized
+
+from fewbits.formats import parse_format
 
 KILLS = 30
 LAYERS = 60
+SHARD = 50_000
 
 
 def quantize_in_child(model: str, out: str, working: Any) -> None:
@@ -28,13 +32,22 @@ def quantize_in_child(model: str, out: str, working: Any) -> None:
     )  # fmt: skip
 
 
-def start(model: Path, out: Path) -> tuple[Any, Any]:
-    """A running quantization, and the event it sets when its first block begins."""
+def convert_in_child(model: str, out: str, working: Any) -> None:
+    torch.set_num_threads(1)
+    from fewbits.pipeline.convert import convert
+
+    convert(model, "awq", out, shard_bytes=SHARD, progress=lambda progress: working.set())
+
+
+def start(model: Path, out: Path, work: Callable[[str, str, Any], None] = quantize_in_child) -> tuple[Any, Any]:
+    """A running quantization or conversion, and the event it sets when its first block or layer begins."""
     # A server that has imported everything forks each run: a kill then falls into the work, not into imports.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fewbits.pipeline.quantize", "transformers.models.llama.modeling_llama"])
+    context.set_forkserver_preload(
+        ["fewbits.pipeline.quantize", "fewbits.pipeline.convert", "transformers.models.llama.modeling_llama"]
+    )
     working = context.Event()
-    process = context.Process(target=quantize_in_child, args=(str(model), str(out), working))
+    process = context.Process(target=work, args=(str(model), str(out), working))
     process.start()
     return process, working
 
@@ -77,4 +90,34 @@ def test_thirty_kills_change_no_byte(tmp_path: Path) -> None:
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor.view(torch.uint8), found[name].view(torch.uint8)), name
+    assert not list(tmp_path.glob(".*")), "nothing is left of the unfinished runs"
+
+
+def test_kills_of_a_conversion_change_no_byte(tmp_path: Path) -> None:
+    model, format = tiny_llama(layers=LAYERS), parse_format("int4-asym-g32").with_scale_dtype(torch.float16)
+    first = write_quantized(tmp_path / "gptq", model, quantized_weights(model, format), kind="gptq")
+    whole, working = start(first, tmp_path / "whole", convert_in_child)
+    assert working.wait(120)
+    began = time.monotonic()
+    whole.join()
+    work = time.monotonic() - began
+    assert whole.exitcode == 0
+
+    out, chance, kills = tmp_path / "killed", random.Random(0), 0
+    while True:
+        process, working = start(first, out, convert_in_child)
+        assert working.wait(120)
+        process.join(timeout=chance.uniform(0, work / KILLS * 4))
+        if process.exitcode is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+        assert not out.exists() or (out / "conversion.json").exists(), "the output appears whole or not at all"
+    assert process.exitcode == 0
+    print(f"{kills} kills of a conversion of {work:.2f} s")
+    assert kills > 5
+    names = {path.name for path in (tmp_path / "whole").iterdir()} - {"conversion.json"}
+    assert len(names) > 20 and names == {path.name for path in out.iterdir()} - {"conversion.json"}
+    assert all((out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
     assert not list(tmp_path.glob(".*")), "nothing is left of the unfinished runs"

@@ -115,9 +115,7 @@ def check_tensors(subject: Subject) -> Check:
 
 def _is_fused(subject: Subject) -> bool:
     """Whether the checkpoint keeps experts in 3-D tensors."""
-    return any(
-        name.endswith(("gate_up_proj", "gate_up_proj_blocks", "experts.down_proj")) for name in subject.source.names()
-    )
+    return any(name.endswith(("gate_up_proj", "experts.down_proj")) for name in subject.source.names())
 
 
 def check_ignore(subject: Subject) -> Check:
@@ -159,9 +157,11 @@ def check_ignore(subject: Subject) -> Check:
 
 def _matches(pattern: str, module: str) -> bool:
     """As compressed-tensors, transformers and vLLM match: a regular expression, a name, or the end or part of one."""
-    if pattern.startswith("re:"):
+    if pattern.startswith("re:") or "*" in pattern:
+        # A star outside re: is transformers' way: a regular expression again, but up to the end of a module's name.
+        expression = pattern[3:] if pattern.startswith("re:") else rf"(?:{pattern})(?:\.|$)"
         try:
-            return re.match(pattern[3:], module) is not None
+            return re.match(expression, module) is not None
         except re.error:
             return False
     return module == pattern or module.endswith(f".{pattern}") or f".{pattern}." in f".{module}."
