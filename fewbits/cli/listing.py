@@ -185,11 +185,26 @@ def listing(
 
 
 def _print_kernels(rows: list[Row]) -> None:
-    """For each format the kernel that runs on this machine, and what the others answered."""
+    """For each format the kernel that runs on this machine and those that could; then each refusal, once."""
     cells = []
+    refusals: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        others = [f"{kernel}: {answer}" for kernel, answer in row["answers"].items() if kernel != row["runs"]]
         note = row["answers"][row["runs"]].removeprefix("yes").removeprefix(": ")
-        cells.append((row["format"], row["runs"] + (f" ({note})" if note else ""), "\n".join(others)))
-    print_table(("format", "runs here", "the other kernels"), cells)
-    message(f"on {rows[0]['device']}, for a {SHAPE[0]} x {SHAPE[1]} matrix; the first kernel that says yes runs")
+        able = [kernel for kernel, answer in row["answers"].items() if not answer.startswith("no")]
+        others = ", ".join(kernel for kernel in able if kernel != row["runs"])
+        cells.append((row["format"], row["runs"] + (f" ({note})" if note else ""), others or "-"))
+        for kernel, answer in row["answers"].items():
+            if answer.startswith("no"):
+                refusals.setdefault((kernel, answer.removeprefix("no: ")), []).append(row["format"])
+    print_table(("format", "runs here", "could run"), cells)
+    whole = [row["format"] for row in rows]
+    order = {kernel: place for place, kernel in enumerate(rows[0]["answers"])}
+    print_table(
+        ("kernel", "does not run", "because"),
+        (
+            (kernel, "any of these" if formats == whole else ", ".join(formats), reason)
+            for (kernel, reason), formats in sorted(refusals.items(), key=lambda each: order[each[0][0]])
+        ),
+    )
+    size = f"{SHAPE[0]} x {SHAPE[1]}"
+    message(f"on {rows[0]['device']}, for a {size} matrix; asked in the order of preference, the first that can runs")
