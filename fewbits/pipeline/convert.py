@@ -18,7 +18,7 @@ everything into one float type.
 
 gpt-oss's experts are read one by one; where the target is gpt-oss's own layout (mxfp4, dense) they are put together.
 
-Memory is a shard and the temporaries of one layer. Shards go into a hidden directory beside the output, which is
+Memory is two shards and the temporaries of one layer. Shards go into a hidden directory beside the output, which is
 renamed when it is complete: there is never half an output. A killed run continues after its last whole shard
 (shards.py); GGUF, which is one file, is written anew.
 """

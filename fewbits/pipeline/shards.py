@@ -8,14 +8,20 @@ An item never lies in two parts, so the committed ones say with which item to go
 decide where a part ends, the run that continues cuts as the undisturbed one does. How many parts there are is known
 once the last is written. They then get their names in `final`, where a run that is killed between two renames finds
 the first ones.
+
+A part is written by a thread while the next one is gathered, so that disk and decoding do not wait for each other; two
+parts are in memory then. One thread, so parts are committed in order.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -38,6 +44,19 @@ class Shards(Unfinished):
         self._notes: list[Note] = []
         self._parts: list[list[str]] = []  # the names of the tensors of each committed part
         self._total = 0
+        self._writer: ThreadPoolExecutor
+        self._writing: Future[None] | None = None
+
+    @contextlib.contextmanager
+    def open(self, *, restart: bool) -> Iterator[Self]:
+        # The thread ends before the lock is given up: nobody else can meet a part that it is still writing.
+        with super().open(restart=restart), ThreadPoolExecutor(1, "shards") as self._writer:
+            yield self
+
+    def discard(self) -> None:
+        with contextlib.suppress(Exception):  # what is to be removed may as well have failed
+            self._wait()
+        super().discard()
 
     def resume(self) -> list[Note]:
         """The notes of the items that need not be done again, in order."""
@@ -65,13 +84,23 @@ class Shards(Unfinished):
         self._notes.append(note)
 
     def _commit(self) -> None:
-        number = len(self._parts)
-        items = [(name, value.dtype, tuple(value.shape), lambda v=value: v) for name, value in self._tensors.items()]
-        write_stream(self._part(number), items, {"format": "pt"})
-        write_json(self._record(number), {"items": self._notes})
+        """Gives the gathered items to the writer, once it is done with those before."""
+        self._wait()
+        self._writing = self._writer.submit(self._write, len(self._parts), self._tensors, self._notes)
         self._parts.append(list(self._tensors))
         self._total += sum(tensor.nbytes for tensor in self._tensors.values())
         self._tensors, self._notes = {}, []
+
+    def _write(self, number: int, tensors: dict[str, Tensor], notes: list[Note]) -> None:
+        items = [(name, value.dtype, tuple(value.shape), lambda v=value: v) for name, value in tensors.items()]
+        write_stream(self._part(number), items, {"format": "pt"})
+        write_json(self._record(number), {"items": notes})
+
+    def _wait(self) -> None:
+        """Until the part that is being written is committed; raises what went wrong with it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def _part(self, number: int) -> Path:
         return self.directory / f"part-{number:05}.safetensors"
@@ -90,6 +119,7 @@ class Shards(Unfinished):
         """Moves the shards to `final`, which then holds them and their index alone; the bytes of all tensors."""
         if self._tensors:
             self._commit()
+        self._wait()
         self.final.mkdir(exist_ok=True)
         count, weight_map = len(self._parts), {}
         for number, tensors in enumerate(self._parts):
