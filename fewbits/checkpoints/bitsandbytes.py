@@ -52,7 +52,7 @@ _ELEMENTS = {"nf4": "nf4", "fp4": "fp4_bnb"}
 
 
 class BitsAndBytes(Codec):
-    holds = "NF4 and FP4, nested scales or not; int8 is read; loads in transformers and vLLM"
+    holds = "NF4 and FP4, nested scales or not; int8 is read; loads in transformers"
     writes = True
 
     def claims(self, quantization: dict[str, Any]) -> bool:

@@ -220,6 +220,10 @@ class Codec(ABC):
         """The tensors of one parameter of all experts, of what `encode` gave for each of its linears."""
         raise Unsupported(_ONLY_READ)
 
+    def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What the runtimes of this format want config.json to say in another way than it does."""
+        return {}
+
     def quantization(self, layers: Mapping[str, Layer], dense: Iterable[str]) -> dict[str, Any]:
         """What to add to config.json for these quantized linears and those left dense."""
         raise Unsupported(_ONLY_READ)

@@ -74,7 +74,9 @@ def input_order(index: Tensor, width: int, columns: int) -> Tensor | None:
 class GPTQ(Codec):
     """version: of the layout that is written; both are read."""
 
-    holds = "integers of 2 to 8 bits in groups, act-order; loads in transformers, vLLM, SGLang"
+    holds = (
+        "integers of 2 to 8 bits in groups, act-order; loads in transformers, SGLang; symmetric and in order in vLLM"
+    )
     writes = True
 
     def __init__(self, version: int) -> None:

@@ -130,6 +130,14 @@ class MLX(Codec):
             "biases": biases.repeat_interleave(times, dim=1),
         }
 
+    def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        rope = config.get("rope_parameters") or {}
+        if "rope_theta" not in rope or "rope_theta" in config:
+            return {}
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        usual = scaling.get("rope_type", "default") == "default"
+        return {"rope_theta": rope["rope_theta"], **({} if usual else {"rope_scaling": scaling})}
+
     def quantization(self, layers: Mapping[str, Layer], dense: Iterable[str]) -> dict[str, Any]:
         said = {name: _said(layer) for name, layer in layers.items()}
         kinds = list(said.values())

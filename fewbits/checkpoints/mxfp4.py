@@ -46,7 +46,7 @@ class _Slice(NamedTuple):
 
 
 class MXFP4(Codec):
-    holds = "gpt-oss's experts, all of a block in one tensor; loads in transformers, vLLM, SGLang"
+    holds = "gpt-oss's experts, all of a block in one tensor; loads in transformers, vLLM, SGLang, mlx-lm"
     writes = True
     fuses = True
 

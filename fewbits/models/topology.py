@@ -17,6 +17,8 @@ from typing import Any
 
 from fewbits.core.registry import Registry
 
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # as a rule
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertLayout:
@@ -65,11 +67,8 @@ class Topology:
     model_types: tuple[str, ...]
     norms: tuple[tuple[str, tuple[str, ...]], ...]  # norm -> the linears that read its output
     shared_inputs: tuple[tuple[str, ...], ...] = (
-        ("q_proj", "k_proj", "v_proj"),
-        ("o_proj",),
-        ("gate_proj", "up_proj"),
-        ("down_proj",),
-    )  # last components of module names; siblings of one parent that read the same input
+        SHARED_INPUTS  # last components of module names; siblings of one parent that read the same input
+    )
     products: tuple[tuple[str, str], ...] = (
         ("self_attn.v_proj", "self_attn.o_proj"),
         ("*up_proj", "*down_proj"),

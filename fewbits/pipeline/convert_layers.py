@@ -147,7 +147,7 @@ class LayerConversion:
             if not self.layers:
                 raise BadInput(f"{self.source.path}: no layer is left to be written as {self.to}")
             left = {self.head, *self.dense} - set(self.layers)
-            config |= self.codec.quantization(self.layers, sorted(left))
+            config |= self.codec.settings(config) | self.codec.quantization(self.layers, sorted(left))
         else:
             config.pop("torch_dtype", None)
             config["dtype"] = str(self.dtype).removeprefix("torch.")

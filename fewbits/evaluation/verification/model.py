@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewbits.checkpoints.base import Source
-from fewbits.checkpoints.codecs import QuantizedModules, Stored, quantized_modules
+from fewbits.checkpoints.codecs import Dense, Layer, QuantizedModules, Stored, StoredMix, quantized_modules
 from fewbits.checkpoints.gguf_source import GGUFSource
 from fewbits.evaluation.verification.runtimes import DENSE, GGUF
 from fewbits.models.skeleton import skeleton
-from fewbits.models.topology import Topology, find_topology
+from fewbits.models.topology import SHARED_INPUTS, Topology, find_topology
 from fewbits.models.walk import ExpertRef, blocks, linears
 
 
@@ -22,6 +22,7 @@ class Subject:
     """A checkpoint under verification."""
 
     source: Source
+    _layers: dict[str, Layer | None] = dataclasses.field(default_factory=dict)
 
     @cached_property
     def modules(self) -> QuantizedModules:
@@ -72,17 +73,29 @@ class Subject:
         groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
         for name in self.matrices:
             parent, _, kind = name.rpartition(".")
-            for shared in self.topology.shared_inputs if self.topology else ():
+            for shared in self.topology.shared_inputs if self.topology else SHARED_INPUTS:
                 if kind in shared and len(shared) > 1:
                     groups.setdefault((parent, shared), []).append(name)
         return [group for group in groups.values() if len(group) > 1]
+
+    def read(self, module: str) -> Stored | StoredMix | Dense:
+        """A quantized module."""
+        found = self.modules.read(module)
+        self._layers[module] = found.layer if isinstance(found, Stored) else None
+        return found
 
     def stored(self, module: str) -> Stored | None:
         """A quantized module, or None for one that is decoded or dense."""
         if module not in self.modules.entries:
             return None
-        found = self.modules.read(module)
+        found = self.read(module)
         return found if isinstance(found, Stored) else None
+
+    def layer(self, module: str) -> Layer | None:
+        """What a quantized module is; None for one that is decoded. It is not read again."""
+        if module not in self._layers:
+            self.read(module)
+        return self._layers[module]
 
     def weight(self, module: str) -> Tensor:
         """The decoded weight, float32."""

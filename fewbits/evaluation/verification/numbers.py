@@ -6,6 +6,8 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from fewbits.checkpoints.codecs import Stored, StoredMix
 from fewbits.checkpoints.decoded import DecodedSource
 from fewbits.checkpoints.gguf_source import GGUFSource
 from fewbits.core.errors import BadInput
-from fewbits.evaluation.verification import by_llama_cpp
+from fewbits.evaluation.verification import by_llama_cpp, by_mlx
 from fewbits.evaluation.verification.checks import Check, failed, not_checked, ok, some, warning
 from fewbits.evaluation.verification.model import Subject
 from fewbits.evaluation.verification.runtimes import DENSE, Runtime
@@ -28,7 +30,7 @@ TOKENS = 24
 # Squared error over squared values. A layout read wrongly (nibbles swapped, zero points off by one) gives 1 or 2.
 WRONG, COARSE = 0.7, 0.2
 FAR = 3.0  # nats per token: another model
-PATIENCE = 600.0  # seconds for llama.cpp to load a file and run it
+PATIENCE = 600.0  # seconds for a runtime to load a file and run it
 
 
 def check_scales(subject: Subject) -> Check:
@@ -36,7 +38,7 @@ def check_scales(subject: Subject) -> Check:
     entries = subject.modules.entries
     zeros, lost = [], []
     for module in entries:
-        found = subject.modules.read(module)  # BadInput, by name, where scales are NaN, infinite or overflow
+        found = subject.read(module)  # BadInput, by name, where scales are NaN, infinite or overflow
         parts = found.parts() if isinstance(found, StoredMix) else [found] if isinstance(found, Stored) else []
         for part in parts:
             scale, _ = part.format.unsettle(part.shape, part.state)
@@ -63,7 +65,7 @@ def check_fused(subject: Subject, runtime: Runtime) -> Check:
     name = "fused shards"
     groups = subject.fused()
     if not subject.modules.entries or not groups:
-        return not_checked(name, "nothing is quantized" if groups else "no table says what is fused in this family")
+        return not_checked(name, "nothing is quantized" if groups else "no linears of the names that are fused")
     differing, scales = [], []
     for group in groups:
         parts = [subject.stored(module) for module in group]
@@ -188,14 +190,14 @@ def check_runtime(subject: Subject, runtime: Runtime, ours: Tensor | None, ids: 
     packages = {"transformers": "transformers", "vllm": "vllm", "llama.cpp": "xllamacpp", "mlx": "mlx_lm"}
     if importlib.util.find_spec(packages[runtime.name]) is None:
         return not_checked(name, f"{packages[runtime.name]} is not installed here")
-    if runtime.name not in ("transformers", "llama.cpp"):
+    if runtime.name == "vllm":
         return not_checked(name, f"fewbits does not run models through {runtime.name}; load it there once")
     needed = runtime.formats[subject.format]
     if needed and importlib.util.find_spec(needed.replace("-", "_")) is None:
         return not_checked(name, f"{runtime.name} needs the package {needed} for {subject.format}")
     if ours is None:
         return not_checked(name, "the model is too large to be held twice")
-    theirs = _by_llama_cpp(subject, ids) if runtime.name == "llama.cpp" else logits(_by_transformers(subject), ids)
+    theirs = RUN[runtime.name](subject, ids)
     if not bool(theirs.isfinite().all()):
         return failed(name, "logits are NaN or infinite", "see the other checks")
     far = float(kl(ours, theirs).mean())
@@ -205,7 +207,7 @@ def check_runtime(subject: Subject, runtime: Runtime, ours: Tensor | None, ids: 
     return ok(name, told)
 
 
-def _by_transformers(subject: Subject) -> nn.Module:
+def _by_transformers(subject: Subject, ids: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM
 
     model: nn.Module = by_library(
@@ -214,21 +216,37 @@ def _by_transformers(subject: Subject) -> nn.Module:
             subject.source.path, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         ),
     )
-    return model.eval()
+    return logits(model.eval(), ids)
 
 
 def _by_llama_cpp(subject: Subject, ids: Tensor) -> Tensor:
-    """Logits of llama.cpp, which rounds inputs to 8 bits; in a process of its own, since a broken file may end it."""
+    """Logits of llama.cpp, which rounds inputs to 8 bits."""
     assert isinstance(subject.source, GGUFSource)
-    question = {"path": str(subject.source.file.path.resolve()), "ids": ids.tolist(), "logits": True}
+    return _by_program("llama.cpp", by_llama_cpp.__file__, subject.source.file.path, ids)
+
+
+def _by_mlx(subject: Subject, ids: Tensor) -> Tensor:
+    return _by_program("mlx-lm", by_mlx.__file__, Path(subject.source.path), ids)
+
+
+def _by_program(runtime: str, program: str, path: Path, ids: Tensor) -> Tensor:
+    """Logits that a program of its own computes, since a broken file may end it."""
+    question = {"path": str(path.resolve()), "ids": ids.tolist(), "logits": True}
     try:
         done = subprocess.run(
-            [sys.executable, "-P", by_llama_cpp.__file__], input=json.dumps(question), capture_output=True, text=True,
+            [sys.executable, "-P", program], input=json.dumps(question), capture_output=True, text=True,
             timeout=PATIENCE, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
-        raise BadInput(f"llama.cpp has not run it within {PATIENCE:.0f} s") from error
+        raise BadInput(f"{runtime} has not run it within {PATIENCE:.0f} s") from error
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or [f"it ended with code {done.returncode}"]
-        raise BadInput(f"llama.cpp does not run it: {reason[0][:500]}")
+        raise BadInput(f"{runtime} does not run it: {reason[0][:500]}")
     return torch.tensor(json.loads(done.stdout)["logits"][0])
+
+
+RUN: dict[str, Callable[[Subject, Tensor], Tensor]] = {
+    "transformers": _by_transformers,
+    "llama.cpp": _by_llama_cpp,
+    "mlx": _by_mlx,
+}

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from fewbits.checkpoints.gguf_source import GGUFSource
+from fewbits.evaluation.verification.admission import Refusal
 from fewbits.evaluation.verification.checks import Check, failed, not_checked, ok, some, warning
 from fewbits.evaluation.verification.model import Subject
 from fewbits.evaluation.verification.runtimes import DENSE, GGUF, Runtime
@@ -32,9 +33,6 @@ def check_format(subject: Subject, runtime: Runtime) -> Check:
                 name, f"{runtime.name} reads {kind} at {', '.join(map(str, widths))} bits; {some(wrong)} have others",
                 "quantize those layers to a width it reads",
             )  # fmt: skip
-    if not runtime.orders and any(entry.about is not None and f"{module}.g_idx" in entry.parts
-                                  for module, entry in subject.modules.entries.items()):  # fmt: skip
-        return failed(name, f"{runtime.name} refuses files with g_idx", "fewbits convert --to mlx")
     if package and package != kind:
         return warning(name, f"{runtime.name} reads {kind} with the package {package}", f"pip install {package}")
     return ok(name, f"{runtime.name} reads {kind}" + (f" with the package {package}" if package else ""))
@@ -42,6 +40,30 @@ def check_format(subject: Subject, runtime: Runtime) -> Check:
 
 def _other(runtime: Runtime) -> str:
     return next((kind for kind in ("compressed-tensors", "mlx", GGUF) if kind in runtime.formats), DENSE)
+
+
+def check_kernels(subject: Subject, runtime: Runtime) -> Check:
+    """Whether the runtime has a kernel for each quantized layer."""
+    name = "kernels"
+    if runtime.admits is None or subject.format not in runtime.formats or not subject.modules.entries:
+        quantized = "nothing is quantized" if not subject.modules.entries else f"no rules of {runtime.name} are known"
+        return not_checked(name, quantized)
+    found: dict[Refusal, list[str]] = {}
+    for module in subject.modules.entries:
+        layer = subject.layer(module)
+        refusal = None if layer is None else runtime.admits(subject.format, subject.quantization, layer)
+        if refusal is not None:
+            found.setdefault(refusal, []).append(module)
+    never = {refusal: modules for refusal, modules in found.items() if not refusal.unless}
+    told = "; ".join(f"{refusal.what}: {some(modules)}" for refusal, modules in (never or found).items())
+    if never:
+        return failed(
+            name, f"{runtime.name} computes no {told}", "fewbits convert to another format, or quantize again"
+        )
+    if found:
+        where = " and ".join(sorted({refusal.unless for refusal in found}))
+        return warning(name, f"{runtime.name} computes {told} only {where}", "other widths and groups run everywhere")
+    return ok(name, f"{runtime.name} has one for each of {len(subject.modules.entries)} modules")
 
 
 def _widths(subject: Subject) -> dict[str, int]:
@@ -69,6 +91,18 @@ def check_dtype(subject: Subject, runtime: Runtime) -> Check:
     if odd:
         return failed("dtype", f"norms are stored as integers: {some(odd)}", "write the checkpoint again")
     return ok("dtype", stated)
+
+
+def check_rope(subject: Subject, runtime: Runtime) -> Check:
+    """The base of rotary embeddings is where the runtime looks for it."""
+    rope = subject.config.get("rope_parameters")
+    nested = isinstance(rope, dict) and "rope_theta" in rope
+    if not runtime.flat_rope or not nested or "rope_theta" in subject.config:
+        return ok("rope", "rope_theta is where it is looked for")
+    return warning(
+        "rope", f"{rope['rope_theta']} is said in rope_parameters alone, where {runtime.name} looks in few families",
+        "say rope_theta (and rope_scaling) at the top of config.json too; fewbits convert --to mlx does",
+    )  # fmt: skip
 
 
 def check_tokenizer(subject: Subject) -> Check:

@@ -74,10 +74,12 @@ def _steps(
         "files": partial(_files, subject),
         "format": partial(static.check_format, subject, runtime),
         "dtype": partial(static.check_dtype, subject, runtime),
+        "rope": partial(static.check_rope, subject, runtime),
         **{name: partial(check, subject) for name, check in static.SETTINGS.items()},
         "fused shards": partial(numbers.check_fused, subject, runtime),
         "tensor parallel": partial(static.check_parallel, subject, runtime),
         "scales": partial(numbers.check_scales, subject),
+        "kernels": partial(static.check_kernels, subject, runtime),
     }
     if subject.format == GGUF:
         steps["gguf"] = lambda: list(static.check_gguf(subject))
