@@ -1,11 +1,16 @@
 """GPTQModel: GPTQ with its defaults (activation-aware groups), in float32.
 
 Its thread pools ask for more cores than small machines have and then fail; it is told of four at least.
+
+What `quantize` leaves in memory has zero points less one, as GPTQ's first file format stores them, while its layers
+decode those of the second: every weight would be one level off. Its loader converts, so the model is saved and loaded.
+It computes in 16 bits there; scales are decoded in float32, as for every peer.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 
 _CORES = os.cpu_count() or 1
 os.cpu_count = lambda: max(4, _CORES)
@@ -25,17 +30,20 @@ def main() -> None:
         rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in work.ids]
         work.start()
         model.quantize(rows, batch_size=4, backend=BACKEND.TORCH)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save(folder)
+            model = GPTQModel.load(folder, backend=BACKEND.TORCH, device="cpu", dtype=torch.float16)
         decoded, parts = {}, {"codes": 0.0, "scales": 0.0, "zero points": 0.0, "group index": 0.0}
         buffers = {"qweight": "codes", "scales": "scales", "qzeros": "zero points", "g_idx": "group index"}
         for name, module in model.model.named_modules():
             if not hasattr(module, "qweight"):
                 continue
-            module.post_init()
-            with torch.inference_mode():
-                decoded[f"{name}.weight"] = module.eval().dequantize_weight().T.float()
             for buffer, part in buffers.items():
                 tensor = getattr(module, buffer)
                 parts[part] += 8 * tensor.numel() * tensor.element_size()
+            module.scales = module.scales.float()
+            with torch.inference_mode():
+                decoded[f"{name}.weight"] = module.dequantize_weight().T.float()
     if dtype != torch.float32:
         work.notes.append(f"loaded the float32 model as {dtype}")
     kind = "symmetric" if symmetric else "asymmetric"
