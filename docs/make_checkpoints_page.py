@@ -79,21 +79,21 @@ NOTES = """
 Minus zero, which E2M1 and E4M3 have and our grids do not, becomes zero. `dense` decodes in float32 here. A layer whose
 scales are bfloat16 goes to GPTQ or AWQ without loss where float16 has the same numbers, which is the usual case.
 
-gpt-oss's experts lie in one tensor a block in `mxfp4` and `dense`, as transformers has them. In all other formats they
-are linears of their own (`experts.3.gate_proj`), as llm-compressor writes them: fewbits reads that; whether a runtime
-does for this family is up to it. `fewbits quantize MODEL --scheme mxfp4 --checkpoint-format mxfp4` makes such a
-checkpoint of a dense gpt-oss.
+MLX stacks the experts of a block, as mlx-lm has them; gpt-oss's lie in one tensor a block in `mxfp4`, which mlx-lm
+reads too, and in `dense`. In all other formats experts are linears of their own (`experts.3.gate_proj`), for gpt-oss
+as llm-compressor writes them: fewbits reads that; whether a runtime does for this family is up to it. A dense gpt-oss
+becomes such a checkpoint by `fewbits quantize MODEL --scheme mxfp4 --checkpoint-format mxfp4`.
 
 ## Why not lossless
 
 """
 
 
-def source(folder: Path, fixture: str, case: str) -> Path:
+def source(folder: Path, fixture: str, case: str, model_type: str = "none") -> Path:
     """The linear of a fixture as a directory of its own."""
     file = SafetensorsFile(GOLDEN / f"{fixture}.safetensors")
     about: dict[str, Any] = json.loads(file.metadata["cases"])[case]
-    config = {"model_type": "gpt_oss", "dtype": "float16"}
+    config = {"model_type": model_type, "dtype": "float16"}
     config |= about if "quantization" in about else {"quantization_config": about}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
@@ -170,8 +170,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number, ((fixture, case), title) in enumerate(ROWS.items()):
             first, cells = source(Path(folder) / f"{number}", fixture, case), []
+            expert = source(Path(folder) / f"{number}-expert", fixture, case, "gpt_oss")
             for to in wanted:
-                cell, why = run(first, to, Path(folder) / f"{number}-{to}")
+                cell, why = run(expert if to == "mxfp4" else first, to, Path(folder) / f"{number}-{to}")
                 cells.append(cell)
                 if why:
                     reasons.setdefault((to, _general(why)), []).append(title)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -182,7 +182,6 @@ class Codec(ABC):
 
     holds = ""  # a line for `fewbits list checkpoints`
     writes = False
-    fuses = False  # whether all experts of a block lie in one tensor: `fuse` then makes it of what `encode` gives
 
     @abstractmethod
     def claims(self, quantization: dict[str, Any]) -> bool:
@@ -216,8 +215,12 @@ class Codec(ABC):
         """The tensors of one linear, by suffix of the module's name."""
         raise Unsupported(_ONLY_READ)
 
-    def fuse(self, fused: Fused, encoded: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """The tensors of one parameter of all experts, of what `encode` gave for each of its linears."""
+    def fused(self, config: Mapping[str, Any], modules: Collection[str]) -> list[Fused]:
+        """What this format has of quantized `modules` in one tensor for all experts. BadInput where one is missing."""
+        return []
+
+    def fuse(self, fused: Fused, encoded: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors of such a part, of what `encode` gave for each of its linears."""
         raise Unsupported(_ONLY_READ)
 
     def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ Source: transformers 5.23 (integrations/mxfp4.py), OCP Microscaling Formats 1.0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -24,7 +24,13 @@ from torch import Tensor
 
 from fewbits.checkpoints.base import Source
 from fewbits.checkpoints.codecs import Codec, Entry, Layer, Stored, tensor_named
-from fewbits.checkpoints.fused_experts import MODEL_TYPE, Fused, is_expert
+from fewbits.checkpoints.fused_experts import (
+    GPT_OSS,
+    Fused,
+    gpt_oss_parameter,
+    gpt_oss_parameters,
+    is_gpt_oss_expert,
+)
 from fewbits.checkpoints.words import from_e2m1, to_e2m1
 from fewbits.core.errors import BadInput
 from fewbits.formats import Format, parse_format
@@ -42,13 +48,12 @@ class _Slice(NamedTuple):
     read: Callable[[str], Tensor]
     fused: Fused
     expert: int
-    piece: str
+    place: int
 
 
 class MXFP4(Codec):
     holds = "gpt-oss's experts, all of a block in one tensor; loads in transformers, vLLM, SGLang, mlx-lm"
     writes = True
-    fuses = True
 
     def claims(self, quantization: dict[str, Any]) -> bool:
         return bool(quantization.get("quant_method") == "mxfp4")
@@ -60,23 +65,23 @@ class MXFP4(Codec):
             parts = (f"{name}_blocks", f"{name}_scales")
             if parts[1] not in names:
                 continue
-            fused = Fused(name=name, experts=_experts(source, parts[0]))
-            for expert, modules in enumerate(fused.linears()):
-                for piece, module in zip(fused.pieces, modules, strict=True):
-                    about = _Slice(read, fused, expert, piece)
+            fused = gpt_oss_parameter(name, _experts(source, parts[0]))
+            for expert, modules in enumerate(fused.linears):
+                for place, module in enumerate(modules):
+                    about = _Slice(read, fused, expert, place)
                     found[module] = Entry(tensor=f"{module}.weight", parts=parts, about=about)
         return found
 
     def read(self, source: Source, module: str, entry: Entry) -> Stored:
         about: _Slice = entry.about
-        return decode(about.fused.split(about.expert, about.piece, about.read(about.fused.name)))
+        return decode(about.fused.split(about.expert, about.place, about.read(about.fused.name)))
 
     def refuses_model(self, config: Mapping[str, Any]) -> str | None:
         kind = config.get("model_type")
-        return None if kind == MODEL_TYPE else f"it is the layout of gpt-oss's experts, and this is a {kind} model"
+        return None if kind == GPT_OSS else f"it is the layout of gpt-oss's experts, and this is a {kind} model"
 
     def takes(self, module: str) -> bool:
-        return is_expert(module)
+        return is_gpt_oss_expert(module)
 
     def refuses(self, stored: Stored) -> str | None:
         if not stored.plain:
@@ -89,15 +94,18 @@ class MXFP4(Codec):
         return parse_format(FORMAT)
 
     def encode(self, stored: Stored) -> dict[str, Tensor]:
-        """One linear as "weight", uint8 [out, in/32, 17]: what `fuse` puts together."""
-        return {"weight": torch.cat([blocks(stored.state["codes"]), stored.state["scale"][..., None]], dim=-1)}
+        """One linear: blocks uint8 [out, in/32, 16], scales uint8 [out, in/32]; `fuse` puts them together."""
+        return {"blocks": blocks(stored.state["codes"]), "scales": stored.state["scale"]}
 
-    def fuse(self, fused: Fused, encoded: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        joined = fused.join(encoded)
-        return {
-            f"{fused.name}_blocks": joined[..., :_BYTES].contiguous(),
-            f"{fused.name}_scales": joined[..., _BYTES].contiguous(),
-        }
+    def fused(self, config: Mapping[str, Any], modules: Collection[str]) -> list[Fused]:
+        return gpt_oss_parameters(modules)
+
+    def fuse(self, fused: Fused, encoded: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        tensors = {}
+        for part in ("blocks", "scales"):
+            linears = {name: parts[part] for name, parts in encoded.items()}
+            tensors[f"{fused.name}_{part}"] = fused.join(linears.__getitem__)
+        return tensors
 
     def quantization(self, layers: Mapping[str, Layer], dense: Iterable[str]) -> dict[str, Any]:
         return {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": list(_DENSE)}}
@@ -131,7 +139,7 @@ def _encoded(source: Source, name: str) -> Tensor:
         raise BadInput(f"{name}: blocks {tuple(codes.shape)} with scales {tuple(scales.shape)} are no MXFP4")
     if bool((scales == 255).any()):
         raise BadInput(f"{name}_scales holds NaN (255): the checkpoint is damaged")
-    if codes.shape[1] % len(Fused(name=name, experts=1).pieces):
+    if codes.shape[1] % len(gpt_oss_parameter(name, 1).modules):
         raise BadInput(f"{name}_blocks: {codes.shape[1]} rows are not as many of gate_proj as of up_proj")
     return torch.cat([codes, scales[..., None]], dim=-1)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fewbits.checkpoints import native
 from fewbits.checkpoints.base import Source
 from fewbits.checkpoints.codecs import CODECS, Codec, Dense, Layer, QuantizedModules, Stored, StoredMix
-from fewbits.checkpoints.fused_experts import MODEL_TYPE, Fused, bias_names, fused_parameters
+from fewbits.checkpoints.fused_experts import GPT_OSS, Fused, bias_names, gpt_oss_parameters
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.core.progress import OnProgress, Progress
 from fewbits.core.record import write_json
@@ -114,7 +114,7 @@ class LayerConversion:
 
     def _work(self) -> list[tuple[str, Callable[[], Item]]]:
         fused = self._fused_parameters()
-        together = {module for each in fused for linears in each.linears() for module in linears}
+        together = {module for each in fused for module in each.modules}
         names = self.source.names()
         parts = {part for entry in self.packed.entries.values() for part in entry.parts}
         parts |= {f"{module}.bias" for module in together}
@@ -126,17 +126,14 @@ class LayerConversion:
         return sorted(work, key=lambda item: item[0])
 
     def _fused_parameters(self) -> list[Fused]:
-        """The parameters of experts that the target wants in one piece."""
+        """What the target has of several linears in one tensor."""
         config = self.source.config()
-        if self.codec is not None:
-            reason = self.codec.refuses_model(config)
-            if reason is not None:
-                raise Unsupported(f"{self.source.path} cannot become {self.to}: {reason}; choose another format")
-            if not self.codec.fuses:
-                return []
-        elif config.get("model_type") != MODEL_TYPE:
-            return []
-        return fused_parameters(self.packed.entries)
+        if self.codec is None:
+            return gpt_oss_parameters(self.packed.entries) if config.get("model_type") == GPT_OSS else []
+        reason = self.codec.refuses_model(config)
+        if reason is not None:
+            raise Unsupported(f"{self.source.path} cannot become {self.to}: {reason}; choose another format")
+        return self.codec.fused(config, self.packed.entries)
 
     def finish(self, shards: Shards) -> int:
         """Index, configuration and companions beside the shards; the bytes of tensor data."""
@@ -162,7 +159,7 @@ class LayerConversion:
             note = "scales of keys and values are left out: the target has them elsewhere or not at all"
             return Item(tensors={}, notes=(note,))
         value = self.source.tensor(name)
-        if self.codec is not None and self.codec.fuses and value.dim() == 3:
+        if self.codec is not None and not self.codec.takes(module) and value.dim() == 3:
             raise Unsupported(f"{name} is dense, and {self.to} is for checkpoints whose experts are all quantized")
         matrix = leaf == "weight" and value.dim() == 2 and module != self.embeddings
         return Item(tensors={name: value}, dense=(module,) if matrix else ())
@@ -186,29 +183,27 @@ class LayerConversion:
         return Item(tensors=tensors, account=(converted,), layers={name: written.layer}, notes=notes)
 
     def _experts(self, fused: Fused, names: list[str]) -> Item:
-        account: list[Converted] = []
-        layers: dict[str, Layer] = {}
-        notes: dict[str, None] = {}
+        if self.codec is None:
+            account: list[Converted] = []
 
-        def dense(module: str) -> Tensor:
-            value, converted = self._decoded(module, self.packed.read(module))
-            account.append(converted)
-            return value
+            def dense(module: str) -> Tensor:
+                value, converted = self._decoded(module, self.packed.read(module))
+                account.append(converted)
+                return value
 
-        def encoded(module: str) -> Tensor:
-            assert self.codec is not None
-            written, converted, left = self._fitted(module, self.packed.read(module))
-            account.append(converted)
-            layers[module] = written.layer
-            notes.update(dict.fromkeys(left))
-            return self.codec.encode(written)["weight"]
-
-        tensors = (
-            {fused.name: fused.join(dense, transposed=True)} if self.codec is None else self.codec.fuse(fused, encoded)
-        )
+            found = Item(tensors={fused.name: fused.join(dense, transposed=True)}, account=tuple(account))
+        else:
+            fitted = {module: self._fitted(module, self.packed.read(module)) for module in fused.modules}
+            encoded = {module: self.codec.encode(written) for module, (written, _, _) in fitted.items()}
+            found = Item(
+                tensors=self.codec.fuse(fused, encoded),
+                account=tuple(converted for _, converted, _ in fitted.values()),
+                layers={fused.name: fitted[fused.modules[0]][0].layer},
+                notes=tuple(dict.fromkeys(note for _, _, notes in fitted.values() for note in notes)),
+            )
         if bias_names(fused, set(names)):
-            tensors[f"{fused.name}_bias"] = fused.join(lambda module: self.source.tensor(f"{module}.bias"))
-        return Item(tensors=tensors, account=tuple(account), layers=layers, notes=tuple(notes))
+            found.tensors[fused.bias] = fused.join(lambda module: self.source.tensor(f"{module}.bias"))
+        return found
 
     def _decoded(self, name: str, found: Stored | StoredMix | Dense) -> tuple[Tensor, Converted]:
         value = found.dense()

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fewbits.checkpoints.fused_experts import MODEL_TYPE, Fused, fused_parameters, is_expert
+from fewbits.checkpoints.fused_experts import GPT_OSS, Fused, gpt_oss_parameters, is_gpt_oss_expert
 from fewbits.checkpoints.mxfp4 import FORMAT, blocks
 from fewbits.core.errors import BadInput, Unsupported
 from fewbits.formats.mix import Weights
@@ -26,8 +26,8 @@ def sources(job: Job, modules: Modules) -> set[str]:
     """The tensors of the source that are quantized. BadInput where one holds experts that are not, or unknown ones."""
     stored = set(job.source.names())
     absent = [name for name in modules if f"{name}.weight" not in stored]
-    fused = fused_parameters(absent) if job.source.config().get("model_type") == MODEL_TYPE else []
-    known = {module for each in fused if each.name in stored for linears in each.linears() for module in linears}
+    fused = gpt_oss_parameters(absent) if job.source.config().get("model_type") == GPT_OSS else []
+    known = {module for each in fused if each.name in stored for module in each.modules}
     lost = sorted(set(absent) - known)
     if lost:
         raise Unsupported(
@@ -35,9 +35,9 @@ def sources(job: Job, modules: Modules) -> set[str]:
         )
     for each in fused:
         count = job.source.info(each.name).shape[0]
-        if count != each.experts:
+        if count != len(each.linears):
             raise BadInput(
-                f"{each.name} holds {count} experts, and {each.experts} are to be quantized: ignore all or none"
+                f"{each.name} holds {count} experts, and {len(each.linears)} are to be quantized: ignore all or none"
             )
     return {f"{name}.weight" for name in modules if name not in known} | {each.name for each in fused}
 
@@ -69,18 +69,18 @@ def is_parameter(name: str) -> bool:
 
 def chosen(job: Job, module: str) -> bool:
     """Whether the checkpoint format has a place for the codes of `module`."""
-    return job.checkpoint_format != FORMAT or is_expert(module)
+    return job.checkpoint_format != FORMAT or is_gpt_oss_expert(module)
 
 
 def items(solved: Iterable[Item], modules: Modules) -> list[Item]:
     """MXFP4's tensors of the linears in `solved`, which the journal keeps one by one."""
     found = {item.name: item for item in solved}
-    parameters = fused_parameters(modules)
+    parameters = gpt_oss_parameters(modules)
     taken = {f"{module}.{part}" for module in modules for part in ("codes", "scale")}
     made = [item for name, item in found.items() if name not in taken]
     for each in parameters:
-        rows, columns = modules[each.linears()[0][0]][0]
-        shape = (each.experts, rows * len(each.pieces), columns // 32)
+        rows, columns = modules[each.modules[0]][0]
+        shape = (len(each.linears), rows * len(each.linears[0]), columns // 32)
         made += [
             Item(
                 name=f"{each.name}_blocks",

@@ -116,6 +116,7 @@ def quantize(
     )  # fmt: skip
     journal = Journal(job.out, job.fingerprint())
     if certificate.is_of(job.out, journal.fingerprint):
+        journal.discard()  # what a run that was killed after its last rename left
         report(Progress("done", 1, 1, f"{job.out} is already complete"))
         return job.out
     check_output(job.out)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewbits.checkpoints.base import TensorInfo
 from fewbits.checkpoints.codecs import CODECS, Dense, QuantizedModules, Stored, quantized_modules
-from fewbits.checkpoints.fused_experts import fused_parameters
+from fewbits.checkpoints.fused_experts import gpt_oss_parameters
 from fewbits.checkpoints.safetensors_file import SafetensorsFile
 from fewbits.checkpoints.words import nibbles, translate
 
@@ -83,7 +83,7 @@ def test_values_are_the_librarys(file: SafetensorsFile, case: str) -> None:
 def together(modules: QuantizedModules) -> Tensor:
     """The decoded weight; of experts that share a tensor the dense tensor that they share."""
     if modules.name == "mxfp4":
-        (fused,) = fused_parameters(modules.entries)
+        (fused,) = gpt_oss_parameters(modules.entries)
         return fused.join(modules.dense, transposed=True)
     (module,) = modules.entries
     return modules.dense(module)
@@ -94,8 +94,8 @@ def test_experts_are_written_as_they_were(case: str) -> None:
     """All but minus zero."""
     source: Any = Case(SafetensorsFile(FOLDER / "mxfp4.safetensors"), case)
     modules, codec = quantized_modules(source), CODECS.get("mxfp4")
-    (fused,) = fused_parameters(modules.entries)
-    written = codec.fuse(fused, lambda name: codec.encode(stored(modules, name))["weight"])
+    (fused,) = gpt_oss_parameters(modules.entries)
+    written = codec.fuse(fused, {name: codec.encode(stored(modules, name)) for name in fused.modules})
     blocks = translate(source.tensor(f"{fused.name}_blocks"), nibbles((*range(8), 0, *range(9, 16))))
     assert written.keys() == set(source.names())
     assert torch.equal(written[f"{fused.name}_blocks"], blocks)

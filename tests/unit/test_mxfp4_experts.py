@@ -68,7 +68,7 @@ def expert_weights(directory: Path, dtype: torch.dtype = torch.bfloat16) -> dict
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("through", ["native", "compressed-tensors", "mlx", "mxfp4"])
+@pytest.mark.parametrize("through", ["native", "compressed-tensors", "mxfp4"])
 def test_there_and_back(tmp_path: Path, original: Path, through: str) -> None:
     done = convert(original, through, tmp_path / "there", shard_bytes=20_000)
     assert set(done.actions) == {"lossless"} and len(done.layers) == BLOCKS * EXPERTS * 3
@@ -164,6 +164,11 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
     ):
         convert(first, "mxfp4", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["first"]
+
+
+def test_mlx_wants_gpt_oss_in_its_own_layout(tmp_path: Path, original: Path) -> None:
+    with pytest.raises(Unsupported, match=r"cannot become mlx: mlx-lm reads gpt-oss's experts in .* mxfp4"):
+        convert(original, "mlx", tmp_path / "out")
 
 
 def test_an_expert_that_is_missing_is_named(tmp_path: Path, original: Path) -> None:
