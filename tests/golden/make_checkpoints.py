@@ -278,6 +278,13 @@ def mlx() -> Iterator[tuple[str, Case]]:
                 name,
                 ({"quantization": about, "quantization_config": about}, held, torch.from_numpy(np.array(expected))),
             )
+    for mode, size in (("affine", 64), ("mxfp4", 32)):  # the experts of a block, as mlx-lm stacks them
+        about = {"group_size": size, "bits": 4, "mode": mode}
+        parts = mx.quantize(mx.array(matrix(64, 128, seed=1).numpy().reshape(2, 32, 128)), **about)
+        held = {f"switch_mlp.up_proj.{name}": torch.from_numpy(np.array(part))
+                for name, part in zip(("weight", "scales", "biases"), parts, strict=False)}  # fmt: skip
+        expected = torch.from_numpy(np.array(mx.dequantize(*parts, **about).astype(mx.float32)))
+        yield f"stack-{mode}", ({"quantization": about, "quantization_config": about}, held, expected)
 
 
 def modelopt() -> Iterator[tuple[str, Case]]:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fewbits.checkpoints.base import TensorInfo
 from fewbits.checkpoints.codecs import CODECS, Dense, QuantizedModules, Stored, quantized_modules
-from fewbits.checkpoints.fused_experts import gpt_oss_parameters
 from fewbits.checkpoints.safetensors_file import SafetensorsFile
 from fewbits.checkpoints.words import nibbles, translate
 
@@ -82,24 +81,28 @@ def test_values_are_the_librarys(file: SafetensorsFile, case: str) -> None:
 
 def together(modules: QuantizedModules) -> Tensor:
     """The decoded weight; of experts that share a tensor the dense tensor that they share."""
-    if modules.name == "mxfp4":
-        (fused,) = gpt_oss_parameters(modules.entries)
-        return fused.join(modules.dense, transposed=True)
-    (module,) = modules.entries
-    return modules.dense(module)
+    if len(modules.entries) == 1:
+        return modules.dense(*modules.entries)
+    (fused,) = CODECS.get(str(modules.name)).fused({}, modules.entries)
+    return fused.join(modules.dense, transposed=modules.name == "mxfp4")
 
 
-@pytest.mark.parametrize("case", ["down_proj", "gate_up_proj"])
-def test_experts_are_written_as_they_were(case: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [("mxfp4", "down_proj"), ("mxfp4", "gate_up_proj"), ("mlx", "stack-affine"), ("mlx", "stack-mxfp4")],
+)
+def test_experts_are_written_as_they_were(kind: str, case: str) -> None:
     """All but minus zero."""
-    source: Any = Case(SafetensorsFile(FOLDER / "mxfp4.safetensors"), case)
-    modules, codec = quantized_modules(source), CODECS.get("mxfp4")
-    (fused,) = gpt_oss_parameters(modules.entries)
+    source: Any = Case(SafetensorsFile(FOLDER / f"{kind}.safetensors"), case)
+    modules, codec = quantized_modules(source), CODECS.get(kind)
+    (fused,) = codec.fused({}, modules.entries)
     written = codec.fuse(fused, {name: codec.encode(stored(modules, name)) for name in fused.modules})
-    blocks = translate(source.tensor(f"{fused.name}_blocks"), nibbles((*range(8), 0, *range(9, 16))))
     assert written.keys() == set(source.names())
-    assert torch.equal(written[f"{fused.name}_blocks"], blocks)
-    assert torch.equal(written[f"{fused.name}_scales"], source.tensor(f"{fused.name}_scales"))
+    for name, tensor in written.items():
+        theirs = source.tensor(name)
+        if "mxfp4" in f"{kind} {case}" and not name.endswith("scales"):
+            theirs = translate(theirs.view(torch.uint8), nibbles((*range(8), 0, *range(9, 16)))).view(theirs.dtype)
+        assert torch.equal(tensor, theirs), name
 
 
 @pytest.mark.parametrize(("file", "case"), cases())
