@@ -21,6 +21,10 @@ def told(found: dict[str, float], bound: float) -> str:
     return f"**{text}**" if abs(found["mean"]) > bound else text
 
 
+def plain(perplexity: float) -> str:
+    return f"{perplexity:.3f}" if perplexity < 1e4 else f"{perplexity:.1e}"
+
+
 def table(record: dict[str, Any]) -> str:
     lines = [
         "| type asked for | of the blocks' weights | perplexity here | llama.cpp | difference, % | its weights decoded "
@@ -32,7 +36,7 @@ def table(record: dict[str, Any]) -> str:
         inside = {kind: count for kind, count in weights.items() if kind not in ("F16", "BF16", "F32")} or weights
         whole = sum(inside.values())
         kinds = ", ".join(f"{100 * count / whole:.0f} % {kind}" for kind, count in sorted(inside.items()))
-        cells = [row["type"], kinds, f"{row['perplexity']:.3f}", f"{row['llama_cpp']:.3f}"]
+        cells = [row["type"], kinds, plain(row["perplexity"]), plain(row["llama_cpp"])]
         cells += [told(row[name], record["bound"]) for name in ("difference", "decoded", "rounded")]
         lines.append(f"| {' | '.join(cells)} |")
     count, length = record["windows"]
