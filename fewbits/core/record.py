@@ -44,11 +44,22 @@ def cpu_model() -> str:
 
 
 def command() -> str:
-    """The command line of this process, shortened to the program's name and its arguments."""
+    """The command line of this process; of absolute paths the last part alone.
+
+    It goes into model cards and certificates. Where a file lay on this machine helps nobody elsewhere, and may tell who
+    somebody is.
+    """
     program = Path(sys.argv[0] or "python")
     # `python -m fewbits` runs fewbits/__main__.py
     name = program.parent.name if program.name == "__main__.py" else program.name
-    return shlex.join([name, *sys.argv[1:]])
+    return shlex.join([name, *map(_without_directories, sys.argv[1:])])
+
+
+def _without_directories(argument: str) -> str:
+    """`/home/me/llama` is `llama`, `NAME=/home/me/text.txt` is `NAME=text.txt`; anything else stays."""
+    before, equals, value = argument.rpartition("=")
+    path = Path(value)
+    return before + equals + path.name if path.is_absolute() and path.name and " " not in value else argument
 
 
 def environment() -> dict[str, Any]:

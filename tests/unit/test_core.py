@@ -82,6 +82,12 @@ def test_environment_says_where_a_figure_came_from() -> None:
     json.dumps(found, allow_nan=False)
 
 
+def test_a_command_line_tells_no_directories(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = ["/opt/bin/fewbits", "quantize", "/home/me/llama", "-o", "out/w4", "--text=/home/me/a.txt", "a=0.5", "/ x"]
+    monkeypatch.setattr(sys, "argv", line)
+    assert record.command() == "fewbits quantize llama -o out/w4 --text=a.txt a=0.5 '/ x'"
+
+
 def test_command_names_the_program_and_not_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/private/fewbits", "eval", "a b"])
     assert record.command() == "fewbits eval 'a b'"
