@@ -286,6 +286,11 @@ class Format(Blocks):
         """Codes (uint8) of `x`; scale and zero broadcast against it."""
         return self.grid.nearest(self._scaled(x, scale, zero))
 
+    def levels(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """What the codes of `x` stand for before they are scaled, less the zero point: for products of levels."""
+        levels = self.grid.snap_(self._scaled(x, scale, zero))
+        return levels if zero is None else levels - zero.to(levels.dtype)
+
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values of `codes`; scale and zero broadcast against them."""
         return self._valued(self.grid.value(codes, dtype), scale, zero)

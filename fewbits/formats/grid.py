@@ -120,6 +120,10 @@ class Grid:
         x = _working(x)
         return self.value(self.nearest(x), x.dtype)
 
+    def snap_(self, x: Tensor) -> Tensor:
+        """`snap` of a float32 or float64 tensor that nobody else needs; it may be overwritten."""
+        return self.snap(x)
+
 
 @dataclass(frozen=True)
 class IntegerGrid(Grid):
@@ -140,6 +144,9 @@ class IntegerGrid(Grid):
 
     def snap(self, x: Tensor) -> Tensor:
         return torch.round(_working(x)).clamp_(self.levels[0], self.levels[-1])
+
+    def snap_(self, x: Tensor) -> Tensor:
+        return x.round_().clamp_(self.levels[0], self.levels[-1])
 
 
 def integer_grid(bits: int, *, signed: bool) -> IntegerGrid:

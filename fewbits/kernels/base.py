@@ -137,10 +137,7 @@ def split_levels(x: Tensor, activations: Format, packed: Packed) -> tuple[Tensor
     if not x.shape[0]:  # no rows: nothing to take a range of
         return x, x.new_ones(0, 1)
     scale, zero = row_params(x, activations, fixed)
-    levels = activations.grid.value(activations.encode(x, scale, zero))
-    if zero is not None:
-        levels = levels - zero.float()
-    return levels, scale.float().expand(x.shape[0], 1)
+    return activations.levels(x, scale, zero), scale.float().expand(x.shape[0], 1)
 
 
 def affine(format: Format) -> No | None:

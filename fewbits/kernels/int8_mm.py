@@ -103,9 +103,12 @@ class Int8Mm(Plain):
         levels, scale = split_levels(x.reshape(-1, columns), spec.activations, packed)
         count = levels.shape[0]
         more = max(0, _LEAST_ROWS - count) if x.device.type == "cuda" else 0
-        whole = functional.pad(levels.to(torch.int8), (0, weight.shape[1] - columns, 0, more))
+        whole = levels.to(torch.int8)
+        if more or weight.shape[1] != columns:  # to pad by nothing would copy
+            whole = functional.pad(whole, (0, weight.shape[1] - columns, 0, more))
         y = torch._int_mm(whole, weight.t())[:count, :out].float()
-        return (y * scale * packed["scale"]).to(x.dtype).reshape(*x.shape[:-1], out)
+        # In place: on a CPU each new float32 matrix costs as much as a third of the product.
+        return y.mul_(scale).mul_(packed["scale"]).to(x.dtype).reshape(*x.shape[:-1], out)
 
     def _unrounded(self, x: Tensor, packed: Packed, spec: LinearSpec) -> Tensor:
         """The float32 product, in the columns where x is not zero: for LLM.int8(), few."""
