@@ -133,7 +133,11 @@ def main() -> None:
         times = taken["transformers, bfloat16"] / value
         print(f"{name:40} {TOKENS / value:9.1f} tokens/s   {times:.2f} x bfloat16", flush=True)
     if not options.dry_run:
-        about = {"environment": environment(), "threads": options.threads, "tokens": TOKENS, "shape": list(SHAPE)}
+        multiplies = {"INT8": torch.cpu._is_vnni_supported(), "bfloat16": torch.cpu._is_avx512_bf16_supported()}
+        about = {
+            "environment": environment(), "threads": options.threads, "tokens": TOKENS, "shape": list(SHAPE),
+            "multiplies": multiplies,
+        }  # fmt: skip
         print(save("prefill", {**about, "rows": rows}))
 
 

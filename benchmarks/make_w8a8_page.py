@@ -6,11 +6,12 @@ python benchmarks/make_w8a8_page.py
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from bench_w8a8 import FACTORS
 from peers import w8a8_page
-from recorded import ROOT, latest, source_line, write_between
+from recorded import ROOT, every, latest, source_line, write_between
 from rows import devices, rise
 
 from fewbits.report.figure import INK, SERIES, save
@@ -114,16 +115,25 @@ def draw(figure: Any, rows: dict[tuple[str, int], dict[str, Any]]) -> None:
     figure.legend(loc="outside lower center", ncols=2)
 
 
+def instructions(record: dict[str, Any]) -> str:
+    """Which of the narrow products the record's CPU has instructions for."""
+    having = [name for name, has in record.get("multiplies", {}).items() if has]
+    return f"with instructions for {' and '.join(having)}" if having else "without instructions for INT8 or bfloat16"
+
+
 def prefill() -> str:
-    """A prompt through whole models, and the products it is made of."""
-    found = latest("prefill")
-    if found is None:
-        return ""
-    path, record = found
+    """A prompt through whole models, and the products it is made of: the newest record of each kind of CPU."""
+    newest: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for path, record in every("prefill"):
+        newest.setdefault(instructions(record), (path, record))
+    return "\n".join(prefill_on(kind, *found) for kind, found in newest.items())
+
+
+def prefill_on(kind: str, path: Path, record: dict[str, Any]) -> str:
     models = [row for row in record["rows"] if "model" in row]
     base = next(row["seconds"] for row in models if row["model"] == "transformers, bfloat16")
     lines = ["| | tokens/s | times bfloat16 |", "|---|---:|---:|"]
-    lines += [f"| {row['model']} | {row['tokens_per_second']:.0f} | {base / row['seconds']:.1f} |" for row in models]
+    lines += [f"| {row['model']} | {row['tokens_per_second']:.0f} | {base / row['seconds']:.2f} |" for row in models]
     tokens, inputs, outputs = record["shape"]
     lines += ["", f"| {tokens} x {inputs} by {inputs} x {outputs} | ms | largest error of a sum |", "|---|---:|---:|"]
     for row in record["rows"]:
@@ -131,19 +141,10 @@ def prefill() -> str:
             lines.append(f"| {row['product']} | {1e3 * row['seconds']:.1f} | {100 * row['largest_error']:.2g} % |")
     cpu = record["environment"].get("cpu", "this CPU")
     return (
-        f"{record['tokens']} tokens through the embedded model, {cpu}, {record['threads']} threads.\n\n"
+        f"{record['tokens']} tokens through the embedded model on a CPU {kind} ({cpu}, {record['threads']} threads).\n\n"
         + "\n".join(lines)
         + f"\n\n{source_line(path)}\n"
     )
-
-
-def peers() -> str:
-    """Other projects at the same bits."""
-    found = latest("w8a8_peers")
-    if found is None:
-        return ""
-    path, record = found
-    return f"{w8a8_page.page(record)} {source_line(path, 'bench_w8a8_peers.py')}\n"
 
 
 def main() -> None:

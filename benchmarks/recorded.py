@@ -52,18 +52,20 @@ def save(benchmark: str, record: dict[str, Any], measured: str | None = None) ->
     return path
 
 
-def latest(benchmark: str) -> tuple[Path, dict[str, Any]] | None:
-    """The newest record of `benchmark` by the date in its environment, and its file."""
+def every(benchmark: str) -> list[tuple[Path, dict[str, Any]]]:
+    """All records of `benchmark` with their files, the newest by the date in its environment first."""
     found = []
     for path in sorted(RESULTS.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         record = content.get(benchmark) if isinstance(content, dict) else None
         if isinstance(record, dict) and "environment" in record:
             found.append((record["environment"]["date"], path, record))
-    if not found:
-        return None
-    _, path, record = max(found, key=lambda item: item[0])
-    return path, record
+    return [(path, record) for _, path, record in sorted(found, key=lambda item: item[0], reverse=True)]
+
+
+def latest(benchmark: str) -> tuple[Path, dict[str, Any]] | None:
+    """The newest record of `benchmark` and its file."""
+    return next(iter(every(benchmark)), None)
 
 
 def between(page: str, name: str, content: str) -> str:

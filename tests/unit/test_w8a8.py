@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from recorded import latest
+from typing import Any
+
+import pytest
+from recorded import every, latest
 from rows import rise
 
 
@@ -16,7 +19,7 @@ def rises() -> dict[tuple[str, int], tuple[float, float]]:
 def test_outliers_ruin_naive_scales_and_not_what_was_invented_against_them() -> None:
     rows = rises()
     assert rows["token", 100][0] > 1 and rows["static", 100][0] > 100
-    for name in ("llm_int8", "llm_int8 at 2", "smoothquant, down_proj rotated", "rotate"):
+    for name in ("llm_int8", "llm_int8 at 2", "smoothquant", "smoothquant, down_proj rotated", "rotate"):
         for factor in (1, 10, 30, 100):
             assert rows[name, factor][0] < 0.02, (name, factor)
             assert rows[name, factor][0] < rows["token", 1][0]
@@ -30,10 +33,15 @@ def test_the_best_of_each_kind() -> None:
     assert static[0] + 2 * static[1] < 0.03 < rows["static", 1][0]
 
 
-def test_a_prompt_in_w8a8_is_read_faster_than_in_bfloat16() -> None:
-    found = latest("prefill")
-    assert found is not None
-    seconds = {row["model"]: row["seconds"] for row in found[1]["rows"] if "model" in row}
-    assert seconds["transformers, W8A8"] * 1.5 < seconds["transformers, bfloat16"]
-    errors = {row["product"]: row["largest_error"] for row in found[1]["rows"] if "product" in row}
-    assert errors["torch._int_mm"] == 0 and errors["oneDNN, 8-bit weights"] > 0.1
+@pytest.mark.parametrize(
+    "record", [record for _, record in every("prefill")], ids=lambda record: record["environment"]["date"]
+)
+def test_a_prompt_in_w8a8_is_read_faster_than_in_bfloat16(record: dict[str, Any]) -> None:
+    narrow = record.get("multiplies", {"INT8": False, "bfloat16": False})
+    seconds = {row["model"]: row["seconds"] for row in record["rows"] if "model" in row}
+    # Where bfloat16 has instructions too, only products differ, and attention is a third of the time: docs/w8a8.md.
+    bar = 1.0 if narrow["bfloat16"] else 1.5
+    assert seconds["transformers, W8A8"] * bar < seconds["transformers, bfloat16"]
+    errors = {row["product"]: row["largest_error"] for row in record["rows"] if "product" in row}
+    assert errors["torch._int_mm"] == 0
+    assert (errors["oneDNN, 8-bit weights"] == 0) == narrow["INT8"]  # without them it saturates
