@@ -139,12 +139,21 @@ def prefill_on(kind: str, path: Path, record: dict[str, Any]) -> str:
     for row in record["rows"]:
         if "product" in row:
             lines.append(f"| {row['product']} | {1e3 * row['seconds']:.1f} | {100 * row['largest_error']:.2g} % |")
-    cpu = record["environment"].get("cpu", "this CPU")
+    where = f"{record['environment'].get('cpu', 'this CPU')}, {record['threads']} threads"
     return (
-        f"{record['tokens']} tokens through the embedded model on a CPU {kind} ({cpu}, {record['threads']} threads).\n\n"
+        f"{record['tokens']} tokens through the embedded model on a CPU {kind} ({where}).\n\n"
         + "\n".join(lines)
         + f"\n\n{source_line(path)}\n"
     )
+
+
+def peers() -> str:
+    """Other projects at the same bits."""
+    found = latest("w8a8_peers")
+    if found is None:
+        return ""
+    path, record = found
+    return f"{w8a8_page.page(record)} {source_line(path, 'bench_w8a8_peers.py')}\n"
 
 
 def main() -> None:
