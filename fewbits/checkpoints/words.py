@@ -29,7 +29,8 @@ _ZERO = 7  # the code of 0 among E2M1's 15 levels
 
 def to_words(packed: Tensor) -> Tensor:
     """Canonical rows [rows, bytes] as int32 [rows, words], the last word filled up with zeros."""
-    padded = pad(packed, (0, -packed.shape[-1] % 4))
+    more = -packed.shape[-1] % 4
+    padded = pad(packed, (0, more)) if more or packed.storage_offset() % 4 else packed  # to pad by nothing copies
     # Through one dimension: a matrix of one row may keep a stride that no view as words accepts.
     return padded.reshape(-1).view(torch.int32).reshape(len(packed), -1)
 

@@ -43,7 +43,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return codes.to(torch.uint8).contiguous()
     run, width = _period(bits)
     padded = -(-count // run) * run
-    grouped = torch.nn.functional.pad(codes.to(torch.uint8), (0, padded - count))
+    grouped = _padded(codes.to(torch.uint8), padded)
     grouped = grouped.reshape(*codes.shape[:-1], padded // run, run)
     packed = codes.new_zeros((*grouped.shape[:-1], width), dtype=torch.uint8)
     for index in range(run):
@@ -64,7 +64,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         return packed.clone()
     run, width = _period(bits)
     runs = -(-count // run)
-    grouped = torch.nn.functional.pad(packed, (0, runs * width - packed.shape[-1]))
+    grouped = _padded(packed, runs * width)
     grouped = grouped.reshape(*packed.shape[:-1], runs, width)
     codes = packed.new_empty((*grouped.shape[:-1], run))
     for index in range(run):
@@ -74,3 +74,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
             code = code | (grouped[..., byte + 1] << (8 - shift))
         codes[..., index] = code & ((1 << bits) - 1)
     return codes.flatten(-2)[..., :count].contiguous()
+
+
+def _padded(x: Tensor, length: int) -> Tensor:
+    """`x` [..., n] with zeros up to `length`; `x` itself where n is that already, which `pad` would copy."""
+    return x if x.shape[-1] == length else torch.nn.functional.pad(x, (0, length - x.shape[-1]))
