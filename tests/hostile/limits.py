@@ -50,16 +50,14 @@ def _once(act: Callable[[], Any]) -> tuple[FewbitsError | None, float, int]:
 def attempt(act: Callable[[], Any]) -> FewbitsError | None:
     """Runs `act`: the FewbitsError it raised, or None. Any other exception, a second or 200 MB more fail the test.
 
-    An act that was too dear is given two more turns, and its best one counts: the collector walking the objects of
-    a thousand tests, or threads of the test before still spinning, are charged to whoever runs then. The file's own
-    cost comes back each time.
+    An act that took too long is given two more turns, and the fastest counts: the collector walking the objects of a
+    thousand tests, or threads of the test before still spinning, are charged to whoever runs then. The file's own
+    cost comes back each time. Of memory the first turn alone counts.
     """
     raised, seconds, grown = _once(act)
     for _ in range(TURNS - 1):
-        if seconds < SECONDS and grown < BYTES:
-            break
-        _, again, more = _once(act)
-        seconds, grown = min(seconds, again), min(grown, more)
+        if seconds >= SECONDS:
+            seconds = min(seconds, _once(act)[1])
     assert seconds < SECONDS, f"took {seconds:.2f} s"
     assert grown < BYTES, f"took {grown >> 20} MiB"
     return raised
