@@ -33,15 +33,24 @@ def test_the_best_of_each_kind() -> None:
     assert static[0] + 2 * static[1] < 0.03 < rows["static", 1][0]
 
 
-@pytest.mark.parametrize(
-    "record", [record for _, record in every("prefill")], ids=lambda record: record["environment"]["date"]
-)
+def prefills() -> list[Any]:
+    """The records; those of CPUs with instructions for bfloat16 miss the bar, for a third of the time is attention."""
+    missed = pytest.mark.xfail(reason="1.3 times bfloat16 where it has instructions too: docs/w8a8.md", strict=True)
+    return [
+        pytest.param(record, marks=[missed] if record.get("multiplies", {}).get("bfloat16") else [])
+        for _, record in every("prefill")
+    ]
+
+
+@pytest.mark.parametrize("record", prefills())
 def test_a_prompt_in_w8a8_is_read_faster_than_in_bfloat16(record: dict[str, Any]) -> None:
-    narrow = record.get("multiplies", {"INT8": False, "bfloat16": False})
     seconds = {row["model"]: row["seconds"] for row in record["rows"] if "model" in row}
-    # Where bfloat16 has instructions too, only products differ, and attention is a third of the time: docs/w8a8.md.
-    bar = 1.0 if narrow["bfloat16"] else 1.5
-    assert seconds["transformers, W8A8"] * bar < seconds["transformers, bfloat16"]
+    assert seconds["transformers, W8A8"] * 1.5 < seconds["transformers, bfloat16"]
+
+
+@pytest.mark.parametrize("record", [record for _, record in every("prefill")])
+def test_int8_products_are_exact_but_onednns_without_instructions(record: dict[str, Any]) -> None:
     errors = {row["product"]: row["largest_error"] for row in record["rows"] if "product" in row}
     assert errors["torch._int_mm"] == 0
-    assert (errors["oneDNN, 8-bit weights"] == 0) == narrow["INT8"]  # without them it saturates
+    able = record.get("multiplies", {}).get("INT8", False)
+    assert (errors["oneDNN, 8-bit weights"] == 0) == able  # without them it saturates
