@@ -3,7 +3,8 @@
 Models: the embedded one through transformers, in bfloat16 and float32; the same with its linears as W8A8 (`QLinear`),
 and that in fewbits' decode engine. Rounds go through all in turn and medians are reported, so that a busy moment of the
 machine hits all alike. Products, of 512 x 576 by 576 x 1536: float32, bfloat16, and the two that torch has for INT8,
-`torch._int_mm` and oneDNN's, with the largest error of their sums beside exact ones. Recorded as "prefill".
+`torch._int_mm` and oneDNN's, with the largest error of their sums beside exact ones. Of each model, torch's profiler
+says how much goes into the products of its blocks and how much into attention. Recorded as "prefill".
 
     python benchmarks/bench_prefill.py [--rounds 3] [--threads 2] [--dry-run]
 """
@@ -31,6 +32,11 @@ from fewbits.runtime.load import load
 
 TOKENS = 512
 SHAPE = (512, 576, 1536)  # tokens, inputs, outputs
+# What takes a model's time -> torch's operations. The head multiplies one token and is in neither.
+KINDS = {
+    "products": ("aten::mm", "aten::addmm", "aten::_int_mm"),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
+}
 
 
 def w8a8(model: Any) -> Any:
@@ -60,6 +66,15 @@ def in_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
             if turn:
                 found[name].append(taken)
     return {name: statistics.median(times) for name, times in found.items()}
+
+
+def spent(run: Callable[[], object], rounds: int) -> dict[str, float]:
+    """Seconds that a run spends in each of `KINDS`, mean of `rounds`."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(rounds):
+            run()
+    taken = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}  # microseconds
+    return {kind: sum(taken.get(name, 0) for name in names) / 1e6 / rounds for kind, names in KINDS.items()}
 
 
 def products() -> dict[str, tuple[Callable[[], Tensor], Tensor]]:
@@ -128,10 +143,15 @@ def main() -> None:
     }
     with torch.inference_mode():
         taken = in_turns(runs, options.rounds)
+        parts = {name: spent(run, options.rounds) for name, run in runs.items()}
     for name, value in taken.items():
-        rows.append({"model": name, "seconds": value, "tokens_per_second": TOKENS / value})
+        rows.append({"model": name, "seconds": value, "tokens_per_second": TOKENS / value, "spent": parts[name]})
         times = taken["transformers, bfloat16"] / value
-        print(f"{name:40} {TOKENS / value:9.1f} tokens/s   {times:.2f} x bfloat16", flush=True)
+        of_it = ", ".join(f"{kind} {1e3 * part:.0f}" for kind, part in parts[name].items())
+        print(
+            f"{name:40} {TOKENS / value:9.1f} tokens/s   {times:.2f} x bfloat16   {1e3 * value:.0f} ms: {of_it}",
+            flush=True,
+        )
     if not options.dry_run:
         multiplies = {"INT8": torch.cpu._is_vnni_supported(), "bfloat16": torch.cpu._is_avx512_bf16_supported()}
         about = {

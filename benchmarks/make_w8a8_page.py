@@ -132,8 +132,13 @@ def prefill() -> str:
 def prefill_on(kind: str, path: Path, record: dict[str, Any]) -> str:
     models = [row for row in record["rows"] if "model" in row]
     base = next(row["seconds"] for row in models if row["model"] == "transformers, bfloat16")
-    lines = ["| | tokens/s | times bfloat16 |", "|---|---:|---:|"]
-    lines += [f"| {row['model']} | {row['tokens_per_second']:.0f} | {base / row['seconds']:.2f} |" for row in models]
+    parts = list(models[0].get("spent", {}))  # older records have none
+    titles = ["tokens/s", "times bfloat16", *(["ms", *(f"of it {part}" for part in parts)] if parts else [])]
+    lines = [f"| | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
+    for row in models:
+        times = [f"{1e3 * value:.0f}" for value in (row["seconds"], *row["spent"].values())] if parts else []
+        cells = [row["model"], f"{row['tokens_per_second']:.0f}", f"{base / row['seconds']:.2f}", *times]
+        lines.append(f"| {' | '.join(cells)} |")
     tokens, inputs, outputs = record["shape"]
     lines += ["", f"| {tokens} x {inputs} by {inputs} x {outputs} | ms | largest error of a sum |", "|---|---:|---:|"]
     for row in record["rows"]:
