@@ -30,6 +30,11 @@ def plain_method(row: dict[str, Any]) -> str:
     return ", ".join([row["method"], *(f"{name.rpartition('.')[2]} {value}" for name, value in row["options"].items())])
 
 
+def within(found: dict[str, float]) -> str:
+    digits = 3 if found["stderr"] >= 5e-4 else 4
+    return f"{found['mean']:.{digits}f} ± {found['stderr']:.{digits}f}"
+
+
 def share(row: dict[str, Any], record: dict[str, Any]) -> float:
     """Of what the baseline loses, what this row does not."""
     (base,) = (r for r in record["rows"] if (r["scheme"], r["method"]) == ("W4A4", "rtn"))
@@ -42,13 +47,11 @@ def table(record: dict[str, Any]) -> str:
         "|---|---|---|---:|---:|---:|---:|",
     ]
     for row in record["rows"]:
-        lost, kl = row["lost"], row["kl"]
         few = row["activations"] and parse_format(row["activations"]).bits == 4
         recovered = f"{100 * share(row, record):.0f} %" if few else "-"
         lines.append(
             f"| {row['scheme'].partition('/')[0]} | {sides(row)} | {method(row)} "
-            f"| {lost['mean']:.3f} ± {lost['stderr']:.3f} | {recovered} | {row['perplexity']['mean']:.1f} "
-            f"| {kl['mean']:.3f} ± {kl['stderr']:.3f} |"
+            f"| {within(row['lost'])} | {recovered} | {row['perplexity']['mean']:.1f} | {within(row['kl'])} |"
         )
     return "\n".join(lines) + "\n"
 

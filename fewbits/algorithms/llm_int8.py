@@ -8,7 +8,8 @@ formats/outliers.py has the decomposition and its variants. Which channels are o
 ones, as in the paper, or what their INT8 codes say, as in bitsandbytes, which has no others left when the model runs.
 
 Memory: original weights of columns that nobody knows beforehand are all the weights, 16 bits beside the 8. That is what
-the paper describes, not what one runs; fixed columns with their original weights take a hundredth of a bit.
+the paper describes, not what one runs. Fixed columns with their original weights take 16 bits times their share: of the
+embedded model 0.6 bits a weight at 6.0 and 2.9 at 2 (docs/w8a8.md).
 
 Compared with bitsandbytes: an outlier channel is taken out whole, before the scales of the tokens; there, the scales
 still see its small values. Of an all-zero row the scale is 1.
