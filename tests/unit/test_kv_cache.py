@@ -174,7 +174,7 @@ def test_batches_are_picked_and_repeated() -> None:
 
 @pytest.mark.parametrize("width", [64, 128])
 def test_two_bit_keys_want_scales_per_channel(width: int) -> None:
-    """Recipe A25: one channel 30 times the others, one scale a token and head against one a channel."""
+    """One channel 30 times the others, one scale a token and head against one a channel."""
     keys = states(256, width=width)
     keys[..., 5] += 30
     by_channel = held(filled("int2-recent0-first0", keys, keys))[0] - keys

@@ -67,7 +67,7 @@ def test_with_nothing_but_outliers_it_is_the_dense_product(variant: dict[str, An
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_outliers_do_not_spoil_the_rest(variant: dict[str, Any]) -> None:
-    """Six columns of 20 to 60: at most 0.15 times the error of one scale a token (A19), where weights are original."""
+    """Six columns of 20 to 60: at most 0.15 times the error of one scale a token, where weights are original."""
     x = inputs(6)
     module, weight = layer(x, **variant)
     exact = x @ weight.T
