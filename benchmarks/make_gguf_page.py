@@ -25,26 +25,41 @@ def plain(perplexity: float) -> str:
     return f"{perplexity:.3f}" if perplexity < 1e4 else f"{perplexity:.1e}"
 
 
+def within(rows: list[dict[str, Any]], bound: float) -> list[str]:
+    """A line for each comparison: the largest difference, and what is beyond the bound."""
+    lines = []
+    for name, what in (("difference", "as it runs"), ("decoded", "decoded"), ("rounded", "inputs rounded here too")):
+        largest = max(rows, key=lambda row: abs(row[name]["mean"]))
+        beyond = [row["type"] for row in rows if abs(row[name]["mean"]) > bound]
+        verdict = f"all but {', '.join(beyond)}" if beyond else "all"
+        lines.append(f"- {what}: {verdict} within it, at most {told(largest[name], bound)} % ({largest['type']})")
+    return lines
+
+
 def table(record: dict[str, Any]) -> str:
     lines = [
-        "| type asked for | of the blocks' weights | perplexity here | llama.cpp | difference, % | its weights decoded "
-        "| inputs rounded here too |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| type asked for | of the blocks' weights | perplexity here | llama.cpp | its over ours, % | weights decoded "
+        "| inputs rounded here too | what the rounding costs here |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for row in record["rows"]:
+    for row in sorted(record["rows"], key=lambda row: row["bytes"], reverse=True):
         weights = row["weights"]
         inside = {kind: count for kind, count in weights.items() if kind not in ("F16", "BF16", "F32")} or weights
         whole = sum(inside.values())
         kinds = ", ".join(f"{100 * count / whole:.0f} % {kind}" for kind, count in sorted(inside.items()))
         cells = [row["type"], kinds, plain(row["perplexity"]), plain(row["llama_cpp"])]
-        cells += [told(row[name], record["bound"]) for name in ("difference", "decoded", "rounded")]
+        cells += [told(row[name], record["bound"]) for name in ("difference", "decoded", "rounded", "inputs")]
         lines.append(f"| {' | '.join(cells)} |")
     count, length = record["windows"]
-    beyond = [row["type"] for row in record["rows"] if abs(row["difference"]["mean"]) > record["bound"]]
+    bound = record["bound"]
+    usable = [row for row in record["rows"] if not row["ruined"]]
     lines += [
         "",
-        f"{count} windows of {length} tokens, standard errors by windows; bold is beyond {100 * record['bound']:.1f} % "
-        f"({', '.join(beyond) or 'none'}). llama.cpp of xllamacpp {record['xllamacpp']}.",
+        f"{count} windows of {length} tokens ({record['decoded_windows']} for decoded weights), standard errors by "
+        f"windows; bold is beyond {100 * bound:.1f} %. llama.cpp of xllamacpp {record['xllamacpp']}. The model itself "
+        f"has {plain(record['perplexity'])}; what more than doubles that has ruined it. The {len(usable)} other types:",
+        "",
+        *within(usable, bound),
     ]
     return "\n".join(lines)
 
