@@ -46,8 +46,8 @@ def _tune(formats: list[str], shapes: dict[str, tuple[int, int]], tokens: list[i
     path = nvrtc.folder() / "tuned" / tuned.file_name(torch.cuda.get_device_name(device))
     path.parent.mkdir(parents=True, exist_ok=True)
     major, _ = torch.cuda.get_device_capability(device)
-    record = {"device": torch.cuda.get_device_name(device), "capability": major, "environment": environment()}
-    write_json(path, {**record, "cases": cases})
+    found = {"device": torch.cuda.get_device_name(device), "capability": major, "environment": environment()}
+    write_json(path, {"version": tuned.VERSION, **found, "cases": cases})
     tuned.cases.cache_clear()
     return path
 

@@ -100,6 +100,8 @@ class CudaFragments:
         rows, columns = weight.shape
         layout = layout_of(weight.format, columns, False)
         assert isinstance(layout, Layout)
+        if weight.codes.is_cuda:
+            nvrtc.counters(weight.codes.device.index)  # allocates, which nothing can while a graph is captured
         padded = columns + -columns % 8
         scale, zero = weight.scale.expand(rows, -1), weight.zero
         if zero is not None and scale.shape[1] == 1:  # one zero point for a row: as many as it has groups
@@ -161,8 +163,8 @@ class CudaFragments:
         whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0] if key != "table"}
         if "table" in parts[0]:
             whole["table"] = parts[0]["table"]
-        tiles = whole["weight"].split([count // 16 for count in rows])
-        return whole, [{**part, "weight": weight} for part, weight in zip(parts, tiles, strict=True)]
+        weights = whole["weight"].split([count // 16 for count in rows])
+        return whole, [{**part, "weight": weight} for part, weight in zip(parts, weights, strict=True)]
 
 
 KERNEL = CudaFragments()

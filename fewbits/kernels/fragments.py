@@ -22,8 +22,8 @@ Scales of groups are stored as float16 after division by a power of two per row 
 into the result: bfloat16 and float16 scales keep all their digits, and float32 ones 11 bits. A single scale a row is
 `alpha` itself, in float32.
 
-Sums within a group and over groups are float32 in `few`; in `many` a weight is multiplied by its scale in 16 bits
-beforehand. Levels of tables are rounded to 16 bits in both.
+Sums within a group and over groups are float32 in `few`, and in `many` where `apart` is chosen; else it multiplies a
+weight by its scale in 16 bits beforehand. Levels of tables are rounded to 16 bits in both.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from fewbits.kernels import nvrtc
 
 ROWS = 64  # rows are padded to the most that a warp takes
 _BLOCK_COLUMNS = 128  # whole blocks of words for every width; two stages of `many`
+_LEAST_UNITS = 4  # of a block of `many`, as in fragments.cu
 SHARED_LIMIT = 227 << 10  # bytes a thread block can have on Hopper
 
 
@@ -108,8 +109,8 @@ class Few:
         tokens = (m if self.mt == 1 else self.tokens) * (2 * -(-units // self.split) * layout.unit + 16)
         return _table_bytes(layout) + 4 * parts * self.tokens * (rows + 4) + tokens
 
-    def grid(self, n: int, m: int, sms: int) -> tuple[int, int]:
-        return self.places(n, sms) * self.split, 1
+    def grid(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
+        return self.places(n, sms) * self.split
 
     @property
     def macros(self) -> dict[str, int]:
@@ -121,13 +122,18 @@ class Few:
 
 @dataclass(frozen=True, kw_only=True)
 class Many:
-    """`many`: wg warpgroups of 64 rows, nt tokens, split blocks along the columns, stages of 64 columns of tokens."""
+    """`many`: wg warpgroups of 64 rows, nt tokens, stages of a unit on their way, per_sm blocks a multiprocessor.
+
+    share: tiles that are left over are not shared (0), each by the same number of blocks (1), all by all (2).
+    apart: the sums of a group are kept apart.
+    """
 
     wg: int = 2
     nt: int = 64
-    split: int = 1
-    stages: int = 5
-    ring: int = 2
+    stages: int = 4
+    per_sm: int = 1
+    share: int = 2
+    apart: bool = False
 
     name = "many"
 
@@ -137,7 +143,7 @@ class Many:
 
     @property
     def threads(self) -> int:
-        return 128 * self.wg + (128 if self.registers else 32)
+        return 128 * self.wg + 128
 
     @property
     def registers(self) -> int:
@@ -145,23 +151,37 @@ class Many:
         if self.nt * self.wg < 256:
             return 0
         each = 65536 // (128 * (self.wg + 1)) // 8 * 8
-        return min(240, (each * (self.wg + 1) - 24) // self.wg // 8 * 8)
+        return min(240, (each * (self.wg + 1) - 40) // self.wg // 8 * 8)
 
     @property
     def tokens(self) -> int:
         return self.nt
 
     def shared(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
-        return 1024 + _table_bytes(layout) + self.nt * max(self.stages * 128, (self.rows + 4) * 4)
+        groups = layout.unit // layout.group if layout.group else 0
+        weights = self.rows * layout.unit * layout.bits // 8 + self.rows * groups * (3 if layout.zero else 2)
+        stage = self.nt * 2 * layout.unit + weights
+        turned = 32 * self.rows * (1 if self.nt // 16 % 2 else 2)
+        return 1024 + _table_bytes(layout) + self.stages * stage + turned
 
-    def grid(self, n: int, m: int, sms: int) -> tuple[int, int]:
-        return -(-n // self.rows) * self.split, -(-m // self.nt)
+    def grid(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
+        tiles = self.tiles(n, m)
+        runs = -(-tiles * -(-k // layout.unit) // _LEAST_UNITS) if self.share else tiles
+        return min(self.per_sm * sms, runs, nvrtc.COUNTERS)
+
+    def tiles(self, n: int, m: int) -> int:
+        return -(-n // self.rows) * -(-m // self.nt)
+
+    def workspace(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
+        """Sums that blocks leave for one another: two tiles each, where tiles are shared."""
+        blocks = self.grid(layout, n, k, m, sms)
+        return 2 * blocks * self.rows * self.nt if self.share and self.tiles(n, m) % blocks else 0
 
     @property
     def macros(self) -> dict[str, int]:
         return {
-            "WG": self.wg, "NT": self.nt, "SPLIT": self.split, "STAGES": self.stages, "RING": self.ring, "RT": 1,
-            "REGISTERS": self.registers, "MANY": 1,
+            "WG": self.wg, "NT": self.nt, "STAGES": self.stages, "RT": 1, "REGISTERS": self.registers,
+            "RESIDENT": self.per_sm, "SHARE": self.share, "APART": int(self.apart), "MANY": 1,
         }  # fmt: skip
 
 
@@ -176,7 +196,7 @@ def _table_bytes(layout: Layout) -> int:
 
 
 def pack(codes: Tensor, layout: Layout) -> Tensor:
-    """codes uint8 [N, K] -> words int32, N padded to `ROWS` and K to whole units."""
+    """codes uint8 [N, K] -> words int32 [N / 16, units, words], N padded to `ROWS` and K to whole units."""
     rows, columns = codes.shape
     codes = functional.pad(codes, (0, -columns % layout.unit, 0, -rows % ROWS))
     # row = 16 tile + 8 low + g;  column = 64 block + 16 step + 8 high + 2 c + i
@@ -185,21 +205,22 @@ def pack(codes: Tensor, layout: Layout) -> Tensor:
     by_lane = split.permute(tile, block, g, c, step, high, low, i)
     values = by_lane.reshape(split.shape[0], split.shape[3], 32, 16, 2).int()  # registers of 4 steps, 2 values each
     tiles, blocks = values.shape[:2]
-    if layout.bits == 8:
-        words = _joined(values.reshape(tiles, blocks, 32, 8, 4), [0, 8, 16, 24])
-        return words.reshape(tiles, blocks, 32, 2, 4).transpose(2, 3).contiguous()
-    if layout.bits == 3:
-        return _pack_three(values, layout.table).transpose(2, 3).contiguous()
     bits, per_word = layout.bits, 16 // layout.bits
-    if layout.table:
-        pairs = values[..., 0] | values[..., 1] << bits
-        words = _joined(pairs.reshape(tiles, blocks, 32, -1, per_word), [2 * bits * r for r in range(per_word)])
+    if bits == 8:
+        words = _joined(values.reshape(tiles, blocks, 32, 8, 4), [0, 8, 16, 24])
+        words = words.reshape(tiles, blocks, 32, 2, 4).transpose(2, 3)
+    elif bits == 3:
+        words = _pack_three(values, layout.table).transpose(2, 3)
     else:
-        flat = values.reshape(tiles, blocks, 32, -1, 2 * per_word)
-        words = _joined(flat, [bits * r + 16 * i for r in range(per_word) for i in range(2)])
-    if bits == 2:  # two blocks of 64 columns to 16 bytes
-        words = words.reshape(tiles, blocks // 2, 2, 32, 2).transpose(2, 3)
-    return words.reshape(tiles, -1, 32, 4).contiguous()
+        if layout.table:
+            pairs = values[..., 0] | values[..., 1] << bits
+            words = _joined(pairs.reshape(tiles, blocks, 32, -1, per_word), [2 * bits * r for r in range(per_word)])
+        else:
+            flat = values.reshape(tiles, blocks, 32, -1, 2 * per_word)
+            words = _joined(flat, [bits * r + 16 * i for r in range(per_word) for i in range(2)])
+        if bits == 2:  # two blocks of 64 columns to 16 bytes
+            words = words.reshape(tiles, blocks // 2, 2, 32, 2).transpose(2, 3)
+    return words.reshape(tiles, codes.shape[1] // layout.unit, -1).contiguous()
 
 
 def _joined(values: Tensor, shifts: list[int]) -> Tensor:
@@ -225,13 +246,12 @@ def _pack_three(values: Tensor, table: bool) -> Tensor:
 
 def unpack(words: Tensor, n: int, k: int, layout: Layout) -> Tensor:
     """`pack` undone: uint8 [n, k]."""
-    tiles, bits = words.shape[0], layout.bits
-    per_word = 16 // bits
+    tiles, bits, per_word = words.shape[0], layout.bits, 16 // layout.bits
     if bits == 8:
-        by_lane = words.transpose(2, 3).reshape(tiles, -1, 32, 8)
+        by_lane = words.reshape(tiles, -1, 2, 32, 4).transpose(2, 3).reshape(tiles, -1, 32, 8)
         values = _split(by_lane, [0, 8, 16, 24], 8).reshape(tiles, -1, 32, 16, 2)
     elif bits == 3:
-        values = _unpack_three(words.transpose(2, 3), layout.table)
+        values = _unpack_three(words.reshape(tiles, -1, 3, 32).transpose(2, 3), layout.table)
     else:
         if bits == 2:
             words = words.reshape(tiles, -1, 32, 2, 2).transpose(2, 3)
@@ -310,10 +330,10 @@ def _wgmma(nt: int, half: bool) -> str:
     acc = ",".join(f"%{i}" for i in range(count))
     a = ",".join(f"%{count + i}" for i in range(4))
     operands = ",".join(f'"+f"(d[{i}])' for i in range(count))
-    return f"""DEVICE void wgmma(float* d, const u32* a, u64 tokens, u32 add) {{
-  asm volatile("{{.reg .pred p; setp.ne.b32 p, %{count + 5}, 0;"
-    "wgmma.mma_async.sync.aligned.m64n{nt}k16.f32.{dtype}.{dtype} {{{acc}}}, {{{a}}}, %{count + 4}, p, 1, 1, 0;}}"
-    : {operands} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(add));
+    return f"""DEVICE void wgmma(float* d, const u32* a, u32 tokens, u32 add) {{
+  asm volatile("{{.reg .pred p; .reg .b64 t; mov.b64 t, {{%{count + 4}, %{count + 6}}}; setp.ne.b32 p, %{count + 5}, 0;"
+    "wgmma.mma_async.sync.aligned.m64n{nt}k16.f32.{dtype}.{dtype} {{{acc}}}, {{{a}}}, t, p, 1, 1, 0;}}"
+    : {operands} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(tokens), "r"(add), "n"(0x40000040));
 }}"""
 
 
@@ -326,6 +346,8 @@ _DEFAULTS = {
     "RING": 1,
     "WG": 1,
     "NT": 8,
+    "SHARE": 0,
+    "APART": 0,
     "STAGES": 3,
     "REGISTERS": 0,
 }
@@ -357,21 +379,26 @@ class Packed:
 
     def argument(self, layout: Layout) -> _Weight:
         words, scale, zero = (_pointer(tensor).value for tensor in (self.words, self.scale, self.zero))
-        return _Weight(words, scale, zero, -(-self.k // layout.unit), self.words.shape[0])
+        return _Weight(words, scale, zero, self.words.shape[1], self.words.shape[0])
 
 
 def multiply(x: Tensor, weight: Packed, layout: Layout, config: Config) -> Tensor:
     """x [M, k] of the layout's dtype, contiguous -> [M, n] by `few` or `many`."""
-    m = x.shape[0]
-    y = torch.empty(m, weight.n, dtype=x.dtype, device=x.device)
+    m, n, k = x.shape[0], weight.n, weight.k
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     run = nvrtc.kernel(source(layout, tuple(config.macros.items())), config.name, x.device.index)
-    tokens = _pointer(x) if isinstance(config, Few) else nvrtc.tensor_map(x, (config.nt, 64))
-    arguments = (
-        weight.argument(layout), _pointer(weight.alpha), _pointer(weight.table), tokens, _pointer(y),
-        ctypes.c_int(m), ctypes.c_int(weight.n), ctypes.c_int(weight.k),
-    )  # fmt: skip
-    shared = config.shared(layout, weight.n, weight.k, m, run.multiprocessors)
-    run.launch(config.grid(weight.n, m, run.multiprocessors), config.threads, shared, arguments)
+    sms = run.multiprocessors
+    sizes = ctypes.c_int(m), ctypes.c_int(n)
+    held = weight.argument(layout), _pointer(weight.alpha), _pointer(weight.table)
+    if isinstance(config, Few):
+        arguments: tuple[nvrtc.Argument, ...] = (*held, _pointer(x), _pointer(y), *sizes, ctypes.c_int(k))
+    else:
+        sums = config.workspace(layout, n, k, m, sms)
+        shared = torch.empty(sums, dtype=torch.float32, device=x.device) if sums else None
+        counts = ctypes.c_void_p(nvrtc.counters(x.device.index) if sums else 0)
+        tokens = nvrtc.tensor_map(x, (config.nt, 64))
+        arguments = (*held, tokens, _pointer(y), _pointer(shared), counts, *sizes)
+    run.launch((config.grid(layout, n, k, m, sms), 1), config.threads, config.shared(layout, n, k, m, sms), arguments)
     return y
 
 
@@ -384,7 +411,7 @@ def dense(weight: Packed, layout: Layout) -> Tensor:
         weight.argument(layout), _pointer(weight.alpha), _pointer(weight.table), _pointer(out),
         ctypes.c_int(weight.n), ctypes.c_int(weight.k),
     )  # fmt: skip
-    warps = weight.words.shape[0] * -(-weight.k // layout.unit)
+    warps = weight.words.shape[0] * weight.words.shape[1]
     run.launch((min(-(-warps // 8), 16 * run.multiprocessors), 1), 256, _table_bytes(layout), arguments)
     return out
 
@@ -396,6 +423,12 @@ def product(x: Tensor, weight: Packed, layout: Layout, config: Config | None) ->
 
 def fits(config: Config, layout: Layout, n: int, k: int, m: int, sms: int, limit: int = SHARED_LIMIT) -> bool:
     """Whether the configuration takes m tokens, and its blocks no more than `limit` bytes of shared memory."""
-    if config.split > -(-k // layout.unit) or (isinstance(config, Few) and m > config.tokens):
+    if isinstance(config, Few) and (config.split > -(-k // layout.unit) or m > config.tokens):
         return False
+    if isinstance(config, Many):
+        if config.apart and (not layout.group or layout.group % 64):
+            return False
+        blocks = config.grid(layout, n, k, m, sms)
+        if -(-k // layout.unit) * blocks**2 >= 1 << 31:
+            return False
     return config.shared(layout, n, k, m, sms) <= limit

@@ -24,6 +24,7 @@ from torch import Tensor
 from fewbits.core.errors import Unsupported
 from fewbits.core.record import atomic_path
 
+COUNTERS = 1024  # that a kernel can have: one a block
 Argument = ctypes.c_void_p | ctypes.c_int | ctypes.Structure
 
 
@@ -158,6 +159,41 @@ def tensor_map(x: Tensor, box: tuple[int, int]) -> TensorMap:
     out = TensorMap()
     ctypes.memmove(ctypes.addressof(out), made.getPtr(), 128)
     return out
+
+
+class _Counters:
+    """Zeros by which the blocks of a kernel wait for one another; a kernel leaves them zero again.
+
+    Kernels that run at the same time must not share them: every stream has its own, and so has every stream of a
+    capture, whose graph may be replayed on any. They are taken from one allocation, made when a weight is packed, for
+    nothing can be allocated while a graph is captured.
+    """
+
+    MOST = 256  # streams and captures, before the first is given again
+
+    def __init__(self, device: int) -> None:
+        self.memory = torch.zeros(self.MOST, COUNTERS, dtype=torch.int32, device=torch.device("cuda", device))
+        self.given: dict[tuple[int, int], int] = {}
+
+    def address(self) -> int:
+        from cuda.bindings import driver
+
+        stream = torch.cuda.current_stream(self.memory.device).cuda_stream
+        capture = 0
+        if torch.cuda.is_current_stream_capturing():
+            capture = int(_check(driver.cuStreamGetCaptureInfo(stream))[1])
+        place = self.given.setdefault((stream, capture), len(self.given) % self.MOST)
+        return self.memory.data_ptr() + 4 * COUNTERS * place
+
+
+@lru_cache(maxsize=16)
+def _counters(device: int) -> _Counters:
+    return _Counters(device)
+
+
+def counters(device: int) -> int:
+    """The address of `COUNTERS` zeros for a kernel on the current stream of `device` (an index)."""
+    return _counters(device).address()
 
 
 @lru_cache(maxsize=512)

@@ -3,13 +3,14 @@
 A file of measured choices, `tuned/<device>.json` beside this one, or in the cache folder where `fewbits bench kernels
 --tune` leaves it (which goes first), holds
 
-    {"device": "NVIDIA H200", "capability": 9, "environment": {...},
+    {"version": 2, "device": "NVIDIA H200", "capability": 9, "environment": {...},
      "cases": [{"bits": 4, "table": false, "group": 128, "n": 4096, "k": 4096, "m": 16,
                 "kernel": "few", "choices": {...}}]}
 
-`kernel` is few, many or dense. A product takes the case of the same bits and kind of codes (else of any) whose N, K and
-number of tokens are nearest, on a scale of logarithms, among those that fit it. No file for the device: one of the same
-major capability; none at all: rules of thumb.
+`version` is that of the choices; files of another are left alone. `kernel` is few, many or dense. A product takes the
+case of the same bits and kind of codes (else of any) whose N, K and number of tokens are nearest, on a scale of
+logarithms, among those that fit it. No file for the device: one of the same major capability; none at all: rules of
+thumb.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 from fewbits.kernels import nvrtc
 from fewbits.kernels.fragments import SHARED_LIMIT, Config, Few, Layout, Many, fits
 
+VERSION = 2  # 1: `many` split by clusters
 KERNELS: dict[str, type[Few] | type[Many]] = {"few": Few, "many": Many}
 
 
@@ -61,7 +63,7 @@ def cases(device: str, capability: int) -> tuple[Case, ...]:
         if not path.is_file():
             continue
         record = json.loads(path.read_text(encoding="utf-8"))
-        if path in found or record["capability"] == capability:
+        if record.get("version") == VERSION and (path in found or record["capability"] == capability):
             return tuple(_case(row) for row in record["cases"])
     return ()
 
@@ -96,9 +98,8 @@ def rule(capability: int, layout: Layout, n: int, k: int, m: int, sms: int, limi
             return config
     if capability >= 9 and m <= 256:
         nt = next(size for size in (16, 32, 64, 128) if m <= size or size == 128)
-        blocks = -(-n // 128) * -(-m // nt)
-        for split in (8, 4, 2, 1):
-            config = Many(nt=nt, split=split)
-            if (split == 1 or blocks * split <= 2 * sms) and fits(config, layout, n, k, m, sms, limit):
+        for stages in (4, 3, 2):
+            config = Many(nt=nt, stages=stages, share=1)
+            if fits(config, layout, n, k, m, sms, limit):
                 return config
     return None

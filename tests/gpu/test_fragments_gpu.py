@@ -53,9 +53,9 @@ def test_every_kind_of_choice(bits: int) -> None:
     name = "int8-channel" if bits == 8 else f"int{bits}-asym-g64"
     choices = [
         Few(), Few(rt=2, warps=8, split=2), Few(rt=4, warps=4, mt=2, split=4), Few(warps=4, per_sm=32, resident=4),
-        Few(mt=2, warps=12, ring=3), Few(mt=4, warps=8, split=8), Many(nt=16, wg=1, stages=8),
-        Many(nt=64, wg=4, split=4), Many(nt=128, wg=3, split=2), Many(nt=256, wg=2, stages=4),
-        Many(nt=96, wg=1, ring=4), Many(nt=64, wg=2, split=2),
+        Few(mt=2, warps=12, ring=3), Few(mt=4, warps=8, split=8), Many(nt=16, wg=1, stages=6, apart=True),
+        Many(nt=64, wg=4, share=1), Many(nt=128, wg=3, stages=2), Many(nt=256, wg=2, stages=2),
+        Many(nt=96, wg=1, share=0), Many(nt=64, wg=2, per_sm=2, stages=2),
     ]  # fmt: skip
     random.seed(bits)
     tried = 0
@@ -83,6 +83,28 @@ def test_every_kind_of_choice(bits: int) -> None:
         decoded = fragments.dense(parts, layout)
         assert sqnr_db(weight.dequantize(), decoded) > 45
     assert tried > 50
+
+
+@pytest.mark.parametrize("share", [0, 1, 2])
+@pytest.mark.parametrize(("n", "k", "m"), [(5000, 1032, 64), (5003, 520, 200), (8192, 4096, 40)])
+def test_tiles_that_are_left_over_are_shared(share: int, n: int, k: int, m: int) -> None:
+    """More tiles than blocks that run at a time, and no whole number of them: every result is written, and the same
+    every time."""
+    weight, held, _ = packed("int4-asym-g64", (n, k))
+    layout = layout_of(weight.format, k, False)
+    parts = fragments.Packed(
+        words=held["weight"], scale=held["scales"], zero=held.get("zeros"), alpha=held["alpha"], table=None, n=n,
+        k=k + -k % 8,
+    )  # fmt: skip
+    x = torch.randn(m, parts.k, device=DEVICE, dtype=torch.bfloat16)
+    x[:, k:] = 0
+    expected = x[:, :k].double() @ weight.dequantize().double().t()
+    for config in (Many(nt=16, wg=1, share=share, per_sm=2), Many(nt=32, wg=2, apart=True, share=share)):
+        torch.full((m, n), torch.nan, device=DEVICE, dtype=torch.bfloat16)  # what y is likely to be made of
+        y = fragments.multiply(x, parts, layout, config)
+        assert sqnr_db(expected, y) > 40, config
+        for _ in range(20):
+            assert torch.equal(y, fragments.multiply(x, parts, layout, config)), config
 
 
 def test_x_need_not_be_contiguous_nor_aligned() -> None:

@@ -36,7 +36,7 @@ def test_a_thread_holds_what_the_matrix_instruction_wants() -> None:
     codes = torch.randint(0, 16, (64, 128), dtype=torch.uint8)
     words = fragments.pack(codes, layout(4)).long()
     for tile, block, lane, step in [(0, 0, 0, 0), (1, 1, 5, 2), (3, 0, 31, 3), (2, 1, 18, 1)]:
-        word, g, c = int(words[tile, block, lane, step]), lane // 4, lane % 4
+        word, g, c = int(words[tile, block // 2, block % 2 * 128 + 4 * lane + step]), lane // 4, lane % 4
         for r in range(4):
             for i in range(2):
                 row, column = 16 * tile + g + 8 * (r % 2), 64 * block + 16 * step + 2 * c + 8 * (r // 2) + i
@@ -72,10 +72,10 @@ def test_choices_come_from_the_nearest_measured_product(tmp_path, monkeypatch) -
     monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path))
     near = {"bits": 4, "table": False, "group": 128, "n": 4096, "k": 4096}
     record = {
-        "device": "Some GPU 9", "capability": 9,
+        "version": tuned.VERSION, "device": "Some GPU 9", "capability": 9,
         "cases": [
             {**near, "m": 1, "kernel": "few", "choices": {"warps": 8}},
-            {**near, "m": 64, "kernel": "many", "choices": {"nt": 64, "split": 2}},
+            {**near, "m": 64, "kernel": "many", "choices": {"nt": 64, "stages": 3}},
             {**near, "m": 4096, "kernel": "dense", "choices": {}},
         ],
     }  # fmt: skip
@@ -86,7 +86,7 @@ def test_choices_come_from_the_nearest_measured_product(tmp_path, monkeypatch) -
     shape = (4096, 5120)
     assert tuned.choice("Some GPU 9", 9, layout(4), *shape, 1, 132) == Few(warps=8)
     assert tuned.choice("Some GPU 9", 9, layout(3), *shape, 2, 132) == Few(warps=8)
-    assert tuned.choice("Some GPU 9", 9, layout(4), *shape, 48, 132) == Many(nt=64, split=2)
+    assert tuned.choice("Some GPU 9", 9, layout(4), *shape, 48, 132) == Many(nt=64, stages=3)
     assert tuned.choice("Some GPU 9", 9, layout(4), *shape, 10000, 132) is None
     tuned.cases.cache_clear()
 
@@ -107,6 +107,6 @@ def test_every_choice_says_all_macros() -> None:
     for config in (Few(), Many()):
         text = fragments.source(layout(4, zero=True), tuple(config.macros.items()))
         head = text[: text.index("// Products with weights")]
-        for name in ("BITS", "TABLE", "GROUP", "UNIT", "ZERO", "OFFSET", "HALF", "RT", "SPLIT", "RING"):
+        for name in ("BITS", "TABLE", "GROUP", "UNIT", "ZERO", "OFFSET", "HALF", "RT", "SPLIT", "STAGES"):
             assert f"#define {name} " in head
         assert "@WGMMA@" not in text or isinstance(config, Few)

@@ -15,8 +15,10 @@
 // Macros. BITS; TABLE (codes index a table of levels) or not (levels are consecutive integers); GROUP columns that share
 // a scale, a multiple of 16, or 0; ZERO (a zero point per group) or OFFSET (one for all); HALF (float16 in and out, else
 // bfloat16); RT tiles of 16 rows per warp, WARPS of a thread block, MT tiles of 8 tokens, SPLIT thread blocks of a
-// cluster along columns, RING units of weights in flight, RESIDENT blocks to leave registers for; for `many`: WG warpgroups, NT tokens, STAGES, and REGISTERS
-// of a thread that multiplies, or 0 to leave them as the compiler has them.
+// cluster along columns, RING units of weights in flight, RESIDENT blocks to leave registers for; for `many`: WG
+// warpgroups, NT tokens, STAGES, SHARE (of tiles that are left over: 0 no, 1 an
+// equal number of blocks to each tile, 2 equal runs), APART (sums of a group), and REGISTERS of
+// a thread that multiplies, or 0 to leave them as the compiler has them.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -153,7 +155,7 @@ DEVICE float read_shared_of(u32 address, u32 rank) {
 // ---------------------------------------------------------------- weights
 
 struct Weight {
-  const u32* words;  // [tiles of 16 rows][blocks][...]
+  const u32* words;  // [tiles of 16 rows][units][...]
   const u32* scale;  // [tiles][groups][8]: float16 of row g and of row g + 8, of normalised scales
   const u16* zero;   // [tiles][groups][8]: bytes of row g and of row g + 8
   int units;         // in a row
@@ -289,23 +291,6 @@ DEVICE void put(u16* y, float sum, const float* alpha, int row, int token, int m
   if (token < m && row < n) {
     sum *= alpha[row];
     y[(u64)token * n + row] = (u16)pair(sum, sum);
-  }
-}
-
-// Sums of one block at `sums` + token * pitch + row, ROWS x TOKENS of them, added over the blocks of a cluster (each has
-// its own part of the columns) -> y. All threads of the cluster that have not ended come here; `sums` is free again after the next time.
-template <int ROWS, int TOKENS, int THREADS>
-DEVICE void add_cluster(float* sums, const float* alpha, u16* y, int first_row, int first_token, int m, int n, u32 rank) {
-  constexpr int PITCH = ROWS + 4, SHARE = ROWS * TOKENS / SPLIT;
-  cluster_arrive();
-  cluster_wait();
-  for (int i = threadIdx.x; i < SHARE; i += THREADS) {
-    const int index = rank * SHARE + i, token = index / ROWS, row = index % ROWS;
-    const u32 mine = shared_address(sums + token * PITCH + row);
-    float sum = 0;
-#pragma unroll
-    for (int part = 0; part < SPLIT; part++) sum += read_shared_of(mine, part);
-    put(y, sum, alpha, first_row + row, first_token + token, m, n);
   }
 }
 
@@ -485,30 +470,37 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
 
 #ifdef MANY
 
-// sm_90a. A warpgroup multiplies 64 rows by NT tokens; tokens lie in shared memory as NT rows of 128 bytes (64 columns),
-// STAGES times, in the 128-byte swizzle, brought by one more warp through the tensor memory accelerator. Weights of the
-// next 64 columns are decoded while the tensor cores work on these.
-// Sums of a group are kept apart and added to the others times its scale, as in `few`. That takes two sets of sums: with
-// more than 64 tokens, four warpgroups, and groups that are no whole stages, a weight is multiplied by its scale in 16 bits before the
-// product instead.
+// sm_90a. A warpgroup multiplies 64 rows by NT tokens. Four more warps bring everything through shared memory, by the bulk
+// copy engine: STAGES times a unit of the block's weights as they lie in memory, and the same columns of the tokens, 64 at a
+// time in the 128-byte swizzle. Weights of the next 64 columns are decoded, to registers, while the tensor cores work on
+// these.
+//
+// There are as many blocks as run at a time. Each takes tiles of MANY_ROWS x NT results, one after another, and what the
+// next needs is on its way while the sums of the last are written. The tiles that are left when all blocks have had the
+// same number are shared out by their columns, in equal runs ("stream-K", Osama et al., arXiv 2301.03598): a run goes from
+// the middle of one tile to the middle of the next. Blocks that have parts of a tile leave their sums in memory; those
+// of which it is the last work wait for one another, and each adds the others' sums to its own for its share of the tile.
+//
+// Sums of a group can be kept apart and added to the others times its scale, as in `few`. That takes two sets of sums, and
+// the tensor cores wait at the end of each group; else a weight is multiplied by its scale in 16 bits before the product.
 
-constexpr int MANY_ROWS = 64 * WG, STAGE = NT * 128, STAGE_STEPS = 4;
-constexpr int UNIT_STAGES = UNIT / 64;  // even
-constexpr bool APART = GROUP && GROUP % 64 == 0 && NT <= 64 && !REGISTERS;
-// Where sums take many registers, the warp that only waits gives its own away; registers change hands by warpgroups.
-#if REGISTERS
+constexpr int MANY_ROWS = 64 * WG, STEPS_OF_64 = 4, TURNS = UNIT / 64;  // even
+constexpr int TOKENS_OF_64 = NT * 128, TOKENS_BYTES = TURNS * TOKENS_OF_64;  // of a stage
+// Weights of a stage: words of each tile, scales of each, zero points of each.
+constexpr int WORD_BYTES = 4 * UNIT_WORDS, SCALE_BYTES = 32 * SCALES, ZERO_BYTES = ZERO ? 16 * SCALES : 0;
+constexpr int SCALES_AT = 4 * WG * WORD_BYTES, ZEROS_AT = SCALES_AT + 4 * WG * SCALE_BYTES;
+constexpr int WEIGHTS_BYTES = ZEROS_AT + 4 * WG * ZERO_BYTES;
+// Sums of a tile come in pieces of 16 rows x 16 tokens, 8 to a lane; a warp has PIECES of them.
+constexpr int PIECES = NT / 16, TURNED = PIECES % 2 ? 1 : 2, TILE_SUMS = MANY_ROWS * NT;  // TURNED: at a time
+constexpr int LEAST_UNITS = 4;  // of a block: with fewer, adding up takes longer than it saves
+constexpr int TOKEN_GROUP = 4;  // blocks of tokens that go through all rows together
 constexpr int MANY_THREADS = 128 * WG + 128;
-#else
-constexpr int MANY_THREADS = 128 * WG + 32;
-#endif
+constexpr int COPIERS = 3;  // warps that copy weights; one more copies tokens
 
 struct alignas(64) TensorMap {
   u8 bytes[128];
 };
 
-DEVICE u64 descriptor(u32 address) {  // K-major, 128-byte swizzle, 1024 bytes from 8 rows to the next
-  return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
-}
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LEFT> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
@@ -520,6 +512,9 @@ DEVICE void barrier_init(u32 barrier, u32 count) {
 }
 DEVICE void barrier_arrive(u32 barrier) {
   asm volatile("{.reg .b64 t; mbarrier.arrive.shared.b64 t, [%0];}" ::"r"(barrier) : "memory");
+}
+DEVICE void barrier_arrive_after_copies(u32 barrier) {  // when this thread's copies of 16 bytes are there
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 DEVICE void barrier_expect(u32 barrier, u32 bytes) {
   asm volatile("{.reg .b64 t; mbarrier.arrive.expect_tx.shared.b64 t, [%0], %1;}" ::"r"(barrier), "r"(bytes) : "memory");
@@ -537,63 +532,197 @@ DEVICE void read_tile(u32 to, const TensorMap* map, int column, int token, u32 b
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
       "l"(map), "r"(column), "r"(token), "r"(barrier) : "memory");
 }
+DEVICE void read_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+               "r"(bytes), "r"(barrier) : "memory");
+}
+DEVICE void read4(u32* to, u32 address) {
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
+}
+DEVICE u32 read1(u32 address) {
+  u32 word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+  return word;
+}
+DEVICE u32 read_half(u32 address) {
+  u16 word;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(word) : "r"(address) : "memory");
+  return word;
+}
+DEVICE void read_sums(float* to, const float* from) {  // four that another block has written
+  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3]) : "l"(from) : "memory");
+}
+DEVICE u32 read_count(const u32* from) {
+  u32 count;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(from) : "memory");
+  return count;
+}
+DEVICE u32 add_count(u32* to) {  // -> what it was
+  u32 count;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(count) : "l"(to) : "memory");
+  return count;
+}
+// Four 8 x 8 matrices of 16 bits, as a warp has them in `a`, turned: a lane's address is that of one row of eight.
+DEVICE void write_turned(u32 address, const u32* a) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a[0]), "r"(a[1]),
+               "r"(a[2]), "r"(a[3]) : "memory");
+}
+template <int THREADS> DEVICE void bar_sync(int name) { asm volatile("bar.sync %0, %1;" ::"r"(name), "n"(THREADS) : "memory"); }
 
 DEVICE void scaled(u32* a, u32 low, u32 high) {
   a[0] = times(a[0], low), a[1] = times(a[1], high), a[2] = times(a[2], low), a[3] = times(a[3], high);
 }
 
-extern "C" __global__ void __launch_bounds__(MANY_THREADS, 1)
-#if SPLIT > 1
-    __cluster_dims__(SPLIT, 1, 1)
-#endif
-        many(Weight w, const float* alpha, const u32* pairs, const __grid_constant__ TensorMap map, u16* y, int m, int n,
-             int k) {
+// What a block does, in its order: whole tiles first, then its run of the units of those that are left.
+struct Work {
+  int tile, first, last;       // units first .. last - 1 of a tile
+  int units, tiles, shared;    // units of a tile; the first of the tiles that are shared
+  int block, sharers;          // as many blocks as leave every run some units
+  int line, at, end;           // units of all shared tiles, in a line; this block's run. line x blocks fits in an int
+
+  DEVICE Work(int tiles, int units) : units(units), tiles(tiles), block(blockIdx.x) {
+    const int blocks = gridDim.x;
+    tile = block - blocks, shared = SHARE ? tiles / blocks * blocks : tiles;
+    const int left = tiles - shared;
+    line = left * units;
+    sharers = line / LEAST_UNITS < blocks ? (line + LEAST_UNITS - 1) / LEAST_UNITS : blocks;
+    if (SHARE == 1 && left && left < sharers) sharers = sharers / left * left;
+    at = block < sharers ? begin_of(block) : line, end = block < sharers ? begin_of(block + 1) : line;
+  }
+  DEVICE bool next() {
+    if (tile + (int)gridDim.x < shared) {
+      tile += gridDim.x, first = 0, last = units;
+      return true;
+    }
+    tile = tiles;  // no whole ones from here on
+    if (at >= end) return false;
+    tile = shared + at / units, first = at % units;
+    last = end - at < units - first ? first + (end - at) : units;
+    at += last - first;
+    return true;
+  }
+  DEVICE int begin_of(int sharer) const { return line * sharer / sharers; }
+  // Of this tile, which is shared: units in the line, and the block that has one of them.
+  DEVICE int at_unit(int unit) const { return (tile - shared) * units + unit; }
+  DEVICE int owner(int unit) const { return (at_unit(unit) * sharers + sharers - 1) / line; }
+};
+
+// Where a tile lies: TOKEN_GROUP blocks of tokens with the first rows, then with the next, and so on: tiles that are worked
+// on at the same time have few weights and few tokens between them, which stay in the L2 cache.
+DEVICE void place(int tile, int m, int n, int* row, int* token) {
+  const int rows = (n + MANY_ROWS - 1) / MANY_ROWS, tokens = (m + NT - 1) / NT;
+  const int group = tile / (TOKEN_GROUP * rows), within = tile - group * TOKEN_GROUP * rows;
+  const int wide = tokens - group * TOKEN_GROUP < TOKEN_GROUP ? tokens - group * TOKEN_GROUP : TOKEN_GROUP;
+  *row = within / wide * MANY_ROWS, *token = (group * TOKEN_GROUP + within % wide) * NT;
+}
+
+// A piece of sums, as two tiles of eight tokens have them, times alpha of rows g and g + 8, goes out by way of 512 bytes of
+// this warp, in which matrices are turned so that 8 rows of a token are one write. There a token has two halves of 8 rows;
+// which comes first changes every four tokens, against bank conflicts.
+DEVICE void turn_piece(const float* sum, float top, float bottom, u32 mine) {
+  const u32 a[4] = {pair(sum[0] * top, sum[1] * top), pair(sum[2] * bottom, sum[3] * bottom),
+                    pair(sum[4] * top, sum[5] * top), pair(sum[6] * bottom, sum[7] * bottom)};
+  const int lane = lane_id(), token = lane >> 4 << 3 | lane & 7, half = lane >> 3 & 1;
+  write_turned(mine + 32 * token + 16 * (half ^ token >> 2 & 1), a);
+}
+DEVICE void put_piece(u32 mine, u16* y, int first_row, int first_token, int m, int n) {
+  const int token = lane_id() >> 1, half = lane_id() & 1, to = first_row + 8 * half;
+  u32 eight[4];
+  read4(eight, mine + 32 * token + 16 * (half ^ token >> 2 & 1));
+  if (first_token + token >= m || to >= n) return;
+  u16* const out = y + (u64)(first_token + token) * n + to;
+  if (n % 8 == 0)
+    *(uint4*)out = make_uint4(eight[0], eight[1], eight[2], eight[3]);
+  else  // not on 16 bytes
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      if (to + i < n) out[i] = (u16)(eight[i / 2] >> 16 * (i % 2));
+}
+
+extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
+    many(Weight w, const float* alpha, const u32* pairs, const __grid_constant__ TensorMap map, u16* y, float* left,
+         u32* counts, int m, int n) {
   __shared__ __align__(8) u64 barriers[2 * STAGES];
   const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
-  // stages must lie on 1024 bytes whatever the driver gives
-  const u32 begin = shared_address(memory) + TABLE_BYTES;
-  u8* tokens = memory + TABLE_BYTES + ((1024 - (begin & 1023)) & 1023);
-  const u32 base = shared_address(tokens);
-
-  const int lane = lane_id(), warp = threadIdx.x / 32;
-  const int rank = blockIdx.x % SPLIT, block = blockIdx.x / SPLIT, first_token = blockIdx.y * NT;
-  const int tile = block * (4 * WG) + warp;
-  const int first = w.units * rank / SPLIT, last = w.units * (rank + 1) / SPLIT;
-  const int stages = (last - first) * UNIT_STAGES;
-  const bool producer = warp >= 4 * WG;
+  // tokens must lie on 1024 bytes whatever the driver gives
+  const u32 begin = shared_address(memory) + TABLE_BYTES, tokens = (begin + 1023) & ~1023u;
+  const u32 weights = tokens + STAGES * TOKENS_BYTES, turned = weights + STAGES * WEIGHTS_BYTES;
+  const int lane = lane_id(), warp = threadIdx.x / 32, group = threadIdx.x / 128;
 
   if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, WG);
+    for (int i = 0; i < STAGES; i++) {
+      barrier_init(full + 8 * i, COPIERS + 1 + (GROUP ? 32 : 0));  // a warp's copies of 16 bytes arrive lane by lane
+      barrier_init(empty + 8 * i, WG);
+    }
     asm volatile("fence.proxy.async;" ::: "memory");
   }
   spread_table(pairs);
   __syncthreads();
   let_next_start();
 
-  constexpr int PITCH = MANY_ROWS + 4;
-  float* sums = (float*)tokens;
-  if (producer) {
+  Work work((n + MANY_ROWS - 1) / MANY_ROWS * ((m + NT - 1) / NT), w.units);
+  int first_row, first_token;
+  if (warp >= 4 * WG) {
 #if REGISTERS
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
 #endif
-    wait_for_inputs();
-    if (threadIdx.x == 128 * WG)
-      for (int stage = 0; stage < stages; stage++) {
-        const int slot = stage % STAGES;
-        if (stage >= STAGES) barrier_wait(empty + 8 * slot, (stage / STAGES - 1) & 1);
-        barrier_expect(full + 8 * slot, STAGE);
-        read_tile(base + slot * STAGE, &map, (first * UNIT_STAGES + stage) * 64, first_token, full + 8 * slot);
+    // A copy takes a warp a while to begin, whatever its size: lanes have one each, and warps share them out.
+    const int copier = warp - 4 * WG;
+    if (copier == COPIERS) wait_for_inputs();
+    int slot = 0, phase = 1;
+    while (work.next()) {
+      place(work.tile, m, n, &first_row, &first_token);
+      auto at = [&](int of, int unit) {  // of the block's tiles; rows past the last go nowhere
+        const int tile = first_row / 16 + of;
+        return (u64)(tile < w.tiles ? tile : w.tiles - 1) * w.units + unit;
+      };
+      for (int unit = work.first; unit < work.last; unit++) {
+        barrier_wait(empty + 8 * slot, phase);
+        const u32 arrived = full + 8 * slot, to = weights + slot * WEIGHTS_BYTES;
+        if (copier < COPIERS) {  // words: a tile a lane
+          const int mine = copier + COPIERS * lane;
+          if (lane == 0) barrier_expect(arrived, (4 * WG - copier + COPIERS - 1) / COPIERS * WORD_BYTES);
+          __syncwarp();
+          if (mine < 4 * WG)
+            read_bytes(to + mine * WORD_BYTES, w.words + at(mine, unit) * UNIT_WORDS, WORD_BYTES, arrived);
+#if GROUP
+          if (copier == 0) {  // what is too small for that engine, 16 bytes a lane
+            for (int i = lane; i < 4 * WG * 2 * SCALES; i += 32)
+              copy16(to + SCALES_AT + 16 * i, w.scale + at(i / (2 * SCALES), unit) * (8 * SCALES) + i % (2 * SCALES) * 4, true);
+#if ZERO
+            for (int i = lane; i < 4 * WG * SCALES; i += 32)
+              copy16(to + ZEROS_AT + 16 * i, w.zero + at(i / SCALES, unit) * (8 * SCALES) + i % SCALES * 8, true);
+#endif
+            barrier_arrive_after_copies(arrived);
+          }
+#endif
+        } else {
+          if (lane == 0) barrier_expect(arrived, TOKENS_BYTES);
+          __syncwarp();
+          if (lane < TURNS)
+            read_tile(tokens + slot * TOKENS_BYTES + lane * TOKENS_OF_64, &map, unit * UNIT + lane * 64, first_token, arrived);
+        }
+        if (++slot == STAGES) slot = 0, phase ^= 1;
       }
-  } else {
+    }
+    return;
+  }
+
 #if REGISTERS
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 #endif
-    Unit ring[RING];
-    Stream weights = stream(w, tile < w.tiles ? tile : w.tiles - 1, first);  // rows past the last go nowhere
-#pragma unroll
-    for (int d = 0; d < RING; d++)
-      if (first + d < last) fetch(weights, 0, ring[d]);
-    wait_for_inputs();  // for y, which the kernel before may still read
+  wait_for_inputs();  // for y, which the kernel before may still read
+  const u32 mine = turned + 512 * TURNED * warp;
+  // Of the descriptor of tokens (PTX ISA, "Matrix descriptor") the half that changes: their address in units of 16 bytes.
+  // The other half is always 1024 bytes from 8 rows to the next, in the 128-byte swizzle.
+  const u32 descriptor = tokens >> 4 | 1 << 16;
+  const u32 words = weights + warp * WORD_BYTES + (BITS == 3 ? 4 : 16) * lane;
+  const u32 scales = weights + SCALES_AT + warp * SCALE_BYTES + 4 * (lane >> 2);
+  const u32 zeros = weights + ZEROS_AT + warp * ZERO_BYTES + 2 * (lane >> 2);
+  int slot = 0, phase = 0, before = 0;
+  while (work.next()) {
     float acc[NT / 2], apart[APART ? NT / 2 : 1];
 #pragma unroll
     for (int i = 0; i < NT / 2; i++) acc[i] = 0;
@@ -602,73 +731,133 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, 1)
 #pragma unroll
       for (int i = 0; i < NT / 2; i++) acc[i] += (i & 2 ? below : above) * apart[APART ? i : 0];
     };
-    u32 a[2][STAGE_STEPS][4];
-    u32 offset[2], low = ONES, high = ONES;
+    u32 a[2][STEPS_OF_64][4], q[WORDS], offset[2], low = ONES, high = ONES;
     offsets(0, offset);
-    int stage = 0, slot = 0, phase = 0;
-    for (int unit = first; unit < last; unit += RING) {
+    for (int unit = work.first; unit < work.last; unit++) {
+      barrier_wait(full + 8 * slot, phase);
+      const u32 here = slot * WEIGHTS_BYTES;
+      const u32 at = __shfl_sync(0xffffffff, descriptor + slot * (TOKENS_BYTES / 16), 0);  // the same in all lanes
+      auto read_words = [&](int block) {
+#if BITS == 3
 #pragma unroll
-      for (int d = 0; d < RING; d++) {
-        if (unit + d >= last) break;
+        for (int i = 0; i < WORDS; i++) q[i] = read1(words + here + 128 * (block * WORDS + i));
+#else
 #pragma unroll
-        for (int us = 0; us < UNIT_STAGES; us++) {
-          u32(*now)[4] = a[us & 1];  // the other may still be read
+        for (int i = 0; i < WORDS; i += 4) read4(q + i, words + here + 128 * (block * WORDS + i));
+#endif
+      };
+      read_words(0);
 #pragma unroll
-          for (int step = 0; step < STAGE_STEPS; step++) {
-            const int column = us * 64 + step * 16;
+      for (int turn = 0; turn < TURNS; turn++) {
+        u32(*now)[4] = a[turn & 1];  // the other may still be read
+#pragma unroll
+        for (int step = 0; step < STEPS_OF_64; step++) {
+          const int column = turn * 64 + step * 16;
 #if GROUP
-            if (column % GROUP == 0) {
-              const u32 scale = ring[d].scale[0][column / GROUP];
-              next_above = low_half(scale), next_below = high_half(scale);
-              if (!APART) low = pair(next_above, next_above), high = pair(next_below, next_below);
+          if (column % GROUP == 0) {
+            const u32 scale = read1(scales + here + column / GROUP * 32);
+            next_above = low_half(scale), next_below = high_half(scale);
+            if (!APART) low = pair(next_above, next_above), high = pair(next_below, next_below);
 #if ZERO
-              offsets(ring[d].zero[0][column / GROUP], offset);
+            offsets(read_half(zeros + here + column / GROUP * 16), offset);
 #endif
-            }
+          }
 #endif
-            levels(ring[d].words[0][column / COLUMNS], column % COLUMNS / 16, offset, now[step]);
-            if (GROUP && !APART) scaled(now[step], low, high);
-          }
-          if (us == UNIT_STAGES - 1 && unit + d + RING < last) fetch(weights, 0, ring[d]);
-          barrier_wait(full + 8 * slot, phase);
-          const u32 here = base + slot * STAGE;
-          const bool begins = (us * 64) % (GROUP ? GROUP : 64) == 0;
-          if (APART && begins) {
-            wgmma_wait<0>();
-            if (stage > 0) add_group();
-            above = next_above, below = next_below;
-          }
-          wgmma_fence();
+          levels(q, column % COLUMNS / 16, offset, now[step]);
+          if (GROUP && !APART) scaled(now[step], low, high);
+        }
+        if ((turn + 1) * 64 % COLUMNS == 0 && turn + 1 < TURNS) read_words((turn + 1) * 64 / COLUMNS);
+        const bool begins = (turn * 64) % (GROUP ? GROUP : 64) == 0;
+        if (APART && begins) {
+          wgmma_wait<0>();
+          if (turn > 0 || unit > work.first) add_group();
+          above = next_above, below = next_below;
+        }
+        wgmma_fence();
 #pragma unroll
-          for (int step = 0; step < STAGE_STEPS; step++)
-            wgmma(APART ? apart : acc, now[step], descriptor(here + 32 * step), !(APART && begins && step == 0));
-          wgmma_commit();
-          wgmma_wait<1>();
-          if (stage > 0 && threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * (slot == 0 ? STAGES - 1 : slot - 1));
-          stage++;
-          if (++slot == STAGES) slot = 0, phase ^= 1;
+        for (int step = 0; step < STEPS_OF_64; step++)
+          wgmma(APART ? apart : acc, now[step], at + turn * (TOKENS_OF_64 / 16) + 2 * step,
+                !(APART && begins && step == 0));
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (turn == 0 && unit > work.first && threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * before);
+      }
+      before = slot;
+      if (++slot == STAGES) slot = 0, phase ^= 1;
+    }
+    wgmma_wait<0>();
+    if (threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * before);
+    if (APART) add_group();
+
+    place(work.tile, m, n, &first_row, &first_token);
+    // Parts of this tile are with blocks head .. tail. It is the last work of all but perhaps the last of them, and those whose
+    // last work it is add up a share of the pieces each. A piece that another adds goes to memory; a block has two places
+    // there, for it may be the tail of one tile and the head of another.
+    const bool whole = work.first == 0 && work.last == w.units;
+    const int head = whole ? 0 : work.owner(0), tail = whole ? 0 : work.owner(w.units - 1);
+    const bool tail_adds = !whole && work.begin_of(tail + 1) == work.at_unit(w.units);
+    const int adders = whole ? 1 : tail - head + tail_adds;
+    const int share = whole ? 0 : work.block < tail || tail_adds ? work.block - head : -1;
+    u32* const count = counts + head;
+    const u32 parts = adders == 1 ? 1 : tail - head + 1;  // in memory
+    const int turn = warp * PIECES % adders;  // whose share this warp's first piece is
+    bool ours[PIECES];
+#pragma unroll
+    for (int j = 0, of = turn; j < PIECES; j++) {
+      ours[j] = of == share;
+      if (++of == adders) of = 0;
+    }
+    if (!whole) {
+      float* const to = left + (u64)(2 * work.block + (work.block == head)) * TILE_SUMS + warp * PIECES * 256 + 4 * lane;
+#pragma unroll
+      for (int j = 0; j < PIECES; j++)
+        if (!ours[j])
+#pragma unroll
+          for (int i = 0; i < 8; i += 4)
+            *(float4*)(to + 256 * j + 32 * i) =
+                make_float4(acc[8 * j + i], acc[8 * j + i + 1], acc[8 * j + i + 2], acc[8 * j + i + 3]);
+      bar_sync<128 * WG>(1);
+      if (threadIdx.x == 0 && (adders > 1 || share < 0)) add_count(count);  // after all that this block has written
+      if (share < 0) continue;
+      if (threadIdx.x == 0)
+        while (read_count(count) < parts) {}
+      bar_sync<128 * WG>(1);
+      for (int part = head; part <= tail; part++) {
+        if (part == work.block) continue;
+        const float* from = left + (u64)(2 * part + (part == head)) * TILE_SUMS + warp * PIECES * 256 + 4 * lane;
+        constexpr int AT_ONCE = PIECES % 2 ? 1 : PIECES % 4 || WG == 4 ? 2 : 4;  // on their way
+#pragma unroll
+        for (int first = 0; first < PIECES; first += AT_ONCE) {
+          float more[AT_ONCE][8];
+#pragma unroll
+          for (int j = 0; j < AT_ONCE; j++)
+            if (ours[first + j])
+              read_sums(more[j], from + 256 * (first + j)), read_sums(more[j] + 4, from + 256 * (first + j) + 128);
+#pragma unroll
+          for (int j = 0; j < AT_ONCE; j++)
+            if (ours[first + j])
+#pragma unroll
+              for (int i = 0; i < 8; i++) acc[8 * (first + j) + i] += more[j][i];
         }
       }
     }
-    wgmma_wait<0>();
-    if (APART) add_group();
-    asm volatile("bar.sync 1, %0;" ::"n"(128 * WG) : "memory");  // all have read their tokens, where sums come now
-    const int g = lane >> 2, c = lane & 3;
+    const int row = first_row + 16 * warp + (lane >> 2);
+    const float top = row < n ? alpha[row] : 0, bottom = row + 8 < n ? alpha[row + 8] : 0;
 #pragma unroll
-    for (int j = 0; j < NT / 8; j++)
+    for (int first = 0; first < PIECES; first += TURNED) {
+      __syncwarp();  // what was there has been read
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        sums[(8 * j + 2 * c + (i & 1)) * PITCH + warp * 16 + g + 8 * (i >> 1)] = acc[4 * j + i];
-#if SPLIT > 1
-    add_cluster<MANY_ROWS, NT, 128 * WG>(sums, alpha, y, block * MANY_ROWS, first_token, m, n, rank);
-    cluster_arrive();  // a block must not end while another reads its memory
-    cluster_wait();
-#else
-    asm volatile("bar.sync 1, %0;" ::"n"(128 * WG) : "memory");
-    for (int i = threadIdx.x; i < MANY_ROWS * NT; i += 128 * WG)
-      put(y, sums[i / MANY_ROWS * PITCH + i % MANY_ROWS], alpha, block * MANY_ROWS + i % MANY_ROWS,
-          first_token + i / MANY_ROWS, m, n);
-#endif
+      for (int j = 0; j < TURNED; j++)
+        if (ours[first + j]) turn_piece(acc + 8 * (first + j), top, bottom, mine + 512 * j);
+      __syncwarp();
+#pragma unroll
+      for (int j = 0; j < TURNED; j++)
+        if (ours[first + j]) put_piece(mine + 512 * j, y, first_row + 16 * warp, first_token + 16 * (first + j), m, n);
+    }
+    if (!whole) {
+      bar_sync<128 * WG>(1);
+      if (threadIdx.x == 0 && add_count(count) == parts + adders - 1) *count = 0;  // all have seen it
+    }
   }
 }
 
