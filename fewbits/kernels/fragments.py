@@ -41,7 +41,7 @@ from torch.nn import functional
 from fewbits.kernels import nvrtc
 
 ROWS = 64  # rows are padded to the most that a warp takes
-_BLOCK_COLUMNS = 128  # whole blocks of words for every width; two stages of `many`
+_BLOCK_COLUMNS = 128  # whole blocks of words for every width; two turns of `many`
 _LEAST_UNITS = 4  # of a block of `many`, as in fragments.cu
 SHARED_LIMIT = 227 << 10  # bytes a thread block can have on Hopper
 
