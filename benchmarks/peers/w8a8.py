@@ -46,8 +46,9 @@ def _contestants() -> list[Contestant]:
     ours("smoothquant", "smoothquant")
     ours("gptq", "gptq")
     for threshold in (6.0, 2.0):
-        ours(f"LLM.int8() from {threshold:g}", "llm_int8", threshold=threshold)
-    ours("LLM.int8() from 6, weights of the codes", "llm_int8", threshold=6.0, weights="dequantized")
+        name = f"LLM.int8() from {threshold:g}"
+        ours(name, "llm_int8", threshold=threshold)
+        ours(f"{name}, weights of the codes", "llm_int8", threshold=threshold, weights="dequantized")
     ours("rtn", "rtn")
     ours("static, sinks apart, rotate,gptq", "rotate,gptq", "W8A8_STATIC_SINKS", "percentile")
     return found
