@@ -71,8 +71,8 @@ def cases(device: str, capability: int) -> tuple[Case, ...]:
 def _distance(case: Case, layout: Layout, n: int, k: int, m: int) -> float:
     kind = 8.0 * ((case.bits, case.table) != (layout.bits, layout.table)) + 1.0 * (case.group != layout.group)
     shape = abs(math.log2(case.n / n)) + abs(math.log2(case.k / k))
-    # from 17 tokens on one case does not stand for many more tokens than its own
-    return kind + shape + 2.0 * abs(math.log2(case.m / m)) + (1.0 if m > case.m else 0.0)
+    # A choice for more tokens takes these in the time it takes for its own; one for fewer may need a second round.
+    return kind + shape + 2.0 * abs(math.log2(case.m / m)) + (2.0 if m > case.m else 0.0)
 
 
 def choice(

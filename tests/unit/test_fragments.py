@@ -91,6 +91,14 @@ def test_choices_come_from_the_nearest_measured_product(tmp_path, monkeypatch) -
     tuned.cases.cache_clear()
 
 
+def test_between_two_measured_products_the_choice_is_that_for_more_tokens(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path))  # or what was tuned here would go first
+    tuned.cases.cache_clear()
+    for m, more in ((3, 4), (17, 32), (33, 64), (65, 128), (200, 256), (600, 1024)):
+        chosen = tuned.choice("NVIDIA H200", 9, layout(4), 4096, 4096, m, 132)
+        assert chosen == tuned.choice("NVIDIA H200", 9, layout(4), 4096, 4096, more, 132), m
+
+
 @pytest.mark.parametrize("capability", [8, 9])
 def test_without_measurements_rules_of_thumb_fit(capability: int) -> None:
     for m in (1, 3, 8, 9, 16, 17, 64, 200, 256, 300):

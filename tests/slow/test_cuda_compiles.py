@@ -1,0 +1,44 @@
+"""The CUDA kernels compile for the architectures they are for. This takes NVIDIA's compiler and no GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from fewbits.kernels import fragments, nvrtc
+from fewbits.kernels.fragments import Few, Layout, Many
+
+LAYOUTS = {
+    "int4-g128": Layout(bits=4, table=False, group=128, zero=False, offset=8, half=False),
+    "int4-asym-g96": Layout(bits=4, table=False, group=96, zero=True, offset=0, half=True),
+    "lloyd3-g64": Layout(bits=3, table=True, group=64, zero=False, offset=0, half=False),
+    "int2-asym-g16": Layout(bits=2, table=False, group=16, zero=True, offset=0, half=False),
+    "int8-channel": Layout(bits=8, table=False, group=0, zero=False, offset=128, half=False),
+}
+
+
+@pytest.fixture(autouse=True)
+def compiler(tmp_path, monkeypatch) -> None:
+    if (reason := nvrtc.available()) is not None:
+        pytest.skip(reason)
+    from cuda.bindings import nvrtc as bindings
+
+    try:
+        bindings.nvrtcVersion()
+    except Exception as error:  # of the package that looks for the library
+        pytest.skip(f"no NVRTC library (pip install nvidia-cuda-nvrtc): {str(error).splitlines()[0]}")
+    monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path))  # compiles, whatever was compiled before
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+def test_kernels_compile(name: str, architecture: str) -> None:
+    layout = LAYOUTS[name]
+    choices = [{"DENSE": 1}, Few().macros, Few(rt=2, warps=8, mt=2, ring=3).macros]
+    if architecture == "sm_90a":
+        many = [Many(nt=16, wg=1, per_sm=2), Many(nt=64, wg=4, share=1), Many(nt=256, stages=3, share=0)]
+        if layout.group and layout.group % 64 == 0:
+            many.append(Many(nt=32, apart=True))
+        choices += [Few(split=4).macros, *(config.macros for config in many)]
+    for macros in choices:
+        source = fragments.source(layout, tuple(macros.items()))
+        assert nvrtc.compiled(source, (f"--gpu-architecture={architecture}", "--std=c++17")).startswith(b"\x7fELF")
