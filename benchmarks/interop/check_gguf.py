@@ -2,6 +2,8 @@
 
     PYTHONPATH=benchmarks python benchmarks/interop/check_gguf.py --llama ENV/bin/python [--types q4_k …] [--windows 8]
 
+A type is rounded to nearest; `q4_k:awq` is quantized by that method. Rows of --since count as measured.
+
 The environment holds llama.cpp's prebuilt library (`pip install xllamacpp numpy`). For each type the embedded model is
 rounded to it, written, read back and computed here in float32, and computed there (by_llama_cpp.py); both see the same
 token ids. The record is "gguf"; `make docs` makes the table in docs/gguf.md from it.
@@ -46,11 +48,12 @@ from fewbits.checkpoints.source import open_source
 from fewbits.core.record import environment
 from fewbits.evaluation.verification import by_llama_cpp
 from fewbits.models.skeleton import load_model
+from fewbits.pipeline.quantize import quantize
 
 BOUND = 0.005
 DECODED = 8  # windows of the control in float32
 RUINED = 2.0  # times the perplexity of the weights as they were
-ALL = "f16 bf16 q8_0 q6_k q5_k q4_k q4_0 iq4_nl mxfp4 q3_k q2_k tq2_0 tq1_0"
+ALL = "f16 bf16 q8_0 q6_k q5_k q4_k q4_k:awq q4_0 iq4_nl mxfp4 q3_k q2_k tq2_0 tq1_0"
 TEXTS = [
     "The capital of France is",
     "def add(a, b):\n    return",
@@ -90,11 +93,20 @@ def difference(theirs: list[float], ours: list[float]) -> dict[str, float]:
     }
 
 
-def compare(kind: str, args: argparse.Namespace, ids: Tensor, folder: Path) -> dict[str, Any]:
-    source = open_source("demo")
+def written(kind: str, folder: Path) -> Path:
+    """The embedded model as a file of a type, or of TYPE:METHOD."""
+    weights, _, method = kind.partition(":")
+    if method:
+        chosen = {"method": method, "checkpoint_format": "gguf", "eval_samples": 0}
+        return quantize("demo", weights, out=folder / kind.replace(":", "-"), **chosen) / "model.gguf"
     path = folder / f"{kind}.gguf"
     dense = kind.upper() if kind in ("f16", "bf16", "f32") else "F16"
-    write_gguf(source, path, weights=None if kind == dense.lower() else kind, dense=dense)
+    write_gguf(open_source("demo"), path, weights=None if kind == dense.lower() else kind, dense=dense)
+    return path
+
+
+def compare(kind: str, args: argparse.Namespace, ids: Tensor, folder: Path) -> dict[str, Any]:
+    path = written(kind, folder)
     again = open_source(path)
     question = {"ids": ids.tolist(), "nats": True, "threads": args.threads}
     whole = {**question, "path": str(path), "texts": [PROMPT, *TEXTS], "generate": 24}
@@ -106,7 +118,7 @@ def compare(kind: str, args: argparse.Namespace, ids: Tensor, folder: Path) -> d
         rounded = nats(model, ids)
         found = asked.result()
     del model
-    plain = folder / f"{kind}-decoded.gguf"
+    plain = folder / "decoded.gguf"
     write_gguf(again, plain, dense="F32")
     decoded = ask(args.llama, {**question, "ids": question["ids"][:DECODED], "path": str(plain)})["nats"]
     plain.unlink()
@@ -139,19 +151,24 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=ALL.split())
     parser.add_argument("--windows", type=int, help="of 256 tokens; default: all there are")
     parser.add_argument("--threads", type=int, default=1, help="of llama.cpp")
+    parser.add_argument("--since", type=Path, help="a record whose rows of other types stand beside those asked for")
     parser.add_argument("--dry", action="store_true", help="print only, keep no record")
     args = parser.parse_args()
     texts, described = read_texts(None, split="evaluation")
     tokenizer = open_source("demo").load_tokenizer()
     ids = pack(texts, tokenizer, sequence_length=256, samples=None, at_most=args.windows, description=described).ids
     whole = math.exp(statistics.fmean(nats(load_model(open_source("demo"), dtype=torch.float32), ids)))
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in args.types:
+    rows: list[dict[str, Any]] = []
+    if args.since:
+        before = json.loads(args.since.read_text(encoding="utf-8"))["gguf"]
+        if before["windows"] != list(ids.shape):
+            raise SystemExit(f"{args.since.name} has other windows: {before['windows']}, not {list(ids.shape)}")
+        rows = [row for row in before["rows"] if row["type"] not in args.types]
+    for kind in args.types:
+        with tempfile.TemporaryDirectory() as folder:
             row = compare(kind, args, ids, Path(folder))
-            rows.append({**row, "ruined": row["perplexity"] > RUINED * whole})
-            print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
-            (Path(folder) / f"{kind}.gguf").unlink()
+        rows.append({**row, "ruined": row["perplexity"] > RUINED * whole})
+        print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
     asked = [args.llama, "-c", "from importlib.metadata import version; print(version('xllamacpp'))"]
     version = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     record = {
