@@ -42,7 +42,7 @@ from fewbits.kernels import nvrtc
 
 ROWS = 64  # rows are padded to the most that a warp takes
 _BLOCK_COLUMNS = 128  # whole blocks of words for every width; two turns of `many`
-_LEAST_UNITS = 4  # of a block of `many`, as in fragments.cu
+_LEAST_UNITS = 4  # of a block of `many`: with fewer, adding up takes longer than it saves
 SHARED_LIMIT = 227 << 10  # bytes a thread block can have on Hopper
 
 
@@ -181,7 +181,8 @@ class Many:
     def macros(self) -> dict[str, int]:
         return {
             "WG": self.wg, "NT": self.nt, "STAGES": self.stages, "RT": 1, "REGISTERS": self.registers,
-            "RESIDENT": self.per_sm, "SHARE": self.share, "APART": int(self.apart), "MANY": 1,
+            "RESIDENT": self.per_sm, "SHARE": self.share, "LEAST_UNITS": _LEAST_UNITS, "APART": int(self.apart),
+            "MANY": 1,
         }  # fmt: skip
 
 
@@ -338,19 +339,9 @@ def _wgmma(nt: int, half: bool) -> str:
 
 
 _DEFAULTS = {
-    "RT": 1,
-    "WARPS": 1,
-    "RESIDENT": 1,
-    "MT": 1,
-    "SPLIT": 1,
-    "RING": 1,
-    "WG": 1,
-    "NT": 8,
-    "SHARE": 0,
-    "APART": 0,
-    "STAGES": 3,
-    "REGISTERS": 0,
-}
+    "RT": 1, "WARPS": 1, "RESIDENT": 1, "MT": 1, "SPLIT": 1, "RING": 1, "WG": 1, "NT": 8, "SHARE": 0, "APART": 0,
+    "STAGES": 3, "REGISTERS": 0,
+}  # fmt: skip
 
 
 @lru_cache(maxsize=512)

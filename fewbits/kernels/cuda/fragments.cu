@@ -16,9 +16,9 @@
 // a scale, a multiple of 16, or 0; ZERO (a zero point per group) or OFFSET (one for all); HALF (float16 in and out, else
 // bfloat16); RT tiles of 16 rows per warp, WARPS of a thread block, MT tiles of 8 tokens, SPLIT thread blocks of a
 // cluster along columns, RING units of weights in flight, RESIDENT blocks to leave registers for; for `many`: WG
-// warpgroups, NT tokens, STAGES, SHARE (of tiles that are left over: 0 no, 1 an
-// equal number of blocks to each tile, 2 equal runs), APART (sums of a group), and REGISTERS of
-// a thread that multiplies, or 0 to leave them as the compiler has them.
+// warpgroups, NT tokens, STAGES, SHARE (of tiles that are left over: 0 no, 1 an equal number of blocks to each tile, 2
+// equal runs), the LEAST_UNITS of a run, APART (sums of a group), and REGISTERS of a thread that multiplies, or 0 to leave
+// them as the compiler has them.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -492,7 +492,6 @@ constexpr int SCALES_AT = 4 * WG * WORD_BYTES, ZEROS_AT = SCALES_AT + 4 * WG * S
 constexpr int WEIGHTS_BYTES = ZEROS_AT + 4 * WG * ZERO_BYTES;
 // Sums of a tile come in pieces of 16 rows x 16 tokens, 8 to a lane; a warp has PIECES of them.
 constexpr int PIECES = NT / 16, TURNED = PIECES % 2 ? 1 : 2, TILE_SUMS = MANY_ROWS * NT;  // TURNED: at a time
-constexpr int LEAST_UNITS = 4;  // of a block: with fewer, adding up takes longer than it saves
 constexpr int TOKEN_GROUP = 4;  // blocks of tokens that go through all rows together
 constexpr int MANY_THREADS = 128 * WG + 128;
 constexpr int COPIERS = 3;  // warps that copy weights; one more copies tokens
