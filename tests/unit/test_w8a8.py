@@ -35,7 +35,7 @@ def test_the_best_of_each_kind() -> None:
 
 def prefills() -> list[Any]:
     """The records; those of CPUs with instructions for bfloat16 miss the bar, for a third of the time is attention."""
-    missed = pytest.mark.xfail(reason="1.3 times bfloat16 where it has instructions too: docs/w8a8.md", strict=True)
+    missed = pytest.mark.xfail(reason="bfloat16 has instructions too there: docs/w8a8.md", strict=True)
     return [
         pytest.param(record, marks=[missed] if record.get("multiplies", {}).get("bfloat16") else [])
         for _, record in every("prefill")
