@@ -68,6 +68,11 @@ class Layout:
         return math.lcm(_BLOCK_COLUMNS, self.group or 1)
 
     @property
+    def grain(self) -> int:
+        """Columns whose tokens are added up for what `few` takes off its sums; 0: nothing is."""
+        return 0 if self.table or self.bits == 8 else math.gcd(_BLOCK_COLUMNS, self.group)
+
+    @property
     def macros(self) -> dict[str, int]:
         return {
             "BITS": self.bits, "TABLE": int(self.table), "GROUP": self.group, "UNIT": self.unit, "ZERO": int(self.zero),
@@ -105,9 +110,12 @@ class Few:
     def shared(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
         rows, units = 16 * self.rt, -(-k // layout.unit)
         strips = -(-n // rows)
-        parts = -(-strips // self.places(n, sms)) + self.warps
-        tokens = (m if self.mt == 1 else self.tokens) * (2 * -(-units // self.split) * layout.unit + 16)
-        return _table_bytes(layout) + 4 * parts * self.tokens * (rows + 4) + tokens
+        most = -(-strips // self.places(n, sms))
+        parts = most + self.warps
+        width = -(-units // self.split) * layout.unit
+        tokens = (m if self.mt == 1 else self.tokens) * (2 * width + 16)
+        sums = 4 * width // layout.grain * self.tokens if layout.grain else 0
+        return _table_bytes(layout) + 4 * most * rows + 4 * parts * self.tokens * (rows + 4) + sums + tokens
 
     def grid(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
         return self.places(n, sms) * self.split
@@ -134,6 +142,7 @@ class Many:
     per_sm: int = 1
     share: int = 2
     apart: bool = False
+    split: int = 1
 
     name = "many"
 
@@ -162,10 +171,13 @@ class Many:
         weights = self.rows * layout.unit * layout.bits // 8 + self.rows * groups * (3 if layout.zero else 2)
         stage = self.nt * 2 * layout.unit + weights
         turned = 32 * self.rows * (1 if self.nt // 16 % 2 else 2)
-        return 1024 + _table_bytes(layout) + self.stages * stage + turned
+        exchanged = 4 * self.rows * self.nt if self.split > 1 else 0
+        return 1024 + _table_bytes(layout) + max(self.stages * stage, exchanged) + turned
 
     def grid(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
         tiles = self.tiles(n, m)
+        if self.split > 1:
+            return tiles * self.split
         runs = -(-tiles * -(-k // layout.unit) // _LEAST_UNITS) if self.share else tiles
         return min(self.per_sm * sms, runs, nvrtc.COUNTERS)
 
@@ -175,14 +187,15 @@ class Many:
     def workspace(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
         """Sums that blocks leave for one another: two tiles each, where tiles are shared."""
         blocks = self.grid(layout, n, k, m, sms)
-        return 2 * blocks * self.rows * self.nt if self.share and self.tiles(n, m) % blocks else 0
+        shared = self.split == 1 and self.share and self.tiles(n, m) % blocks
+        return 2 * blocks * self.rows * self.nt if shared else 0
 
     @property
     def macros(self) -> dict[str, int]:
         return {
             "WG": self.wg, "NT": self.nt, "STAGES": self.stages, "RT": 1, "REGISTERS": self.registers,
             "RESIDENT": self.per_sm, "SHARE": self.share, "LEAST_UNITS": _LEAST_UNITS, "APART": int(self.apart),
-            "MANY": 1,
+            "SPLIT": self.split, "MANY": 1,
         }  # fmt: skip
 
 
@@ -414,12 +427,14 @@ def product(x: Tensor, weight: Packed, layout: Layout, config: Config | None) ->
 
 def fits(config: Config, layout: Layout, n: int, k: int, m: int, sms: int, limit: int = SHARED_LIMIT) -> bool:
     """Whether the configuration takes m tokens, and its blocks no more than `limit` bytes of shared memory."""
-    if isinstance(config, Few) and (config.split > -(-k // layout.unit) or m > config.tokens):
+    if config.split > -(-k // layout.unit) or (isinstance(config, Few) and m > config.tokens):
         return False
     if isinstance(config, Many):
         if config.apart and (not layout.group or layout.group % 64):
             return False
         blocks = config.grid(layout, n, k, m, sms)
+        if config.split > 1 and blocks > config.per_sm * sms:
+            return False
         if -(-k // layout.unit) * blocks**2 >= 1 << 31:
             return False
     return config.shared(layout, n, k, m, sms) <= limit

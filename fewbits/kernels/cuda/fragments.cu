@@ -106,6 +106,9 @@ DEVICE float low_half(u32 word) {
 DEVICE float high_half(u32 word) {
   float out; asm("{.reg .b16 l,h; mov.b32 {l,h}, %1; cvt.f32.f16 %0, h;}" : "=f"(out) : "r"(word)); return out;
 }
+DEVICE float first_of(u32 pair) { return HALF ? low_half(pair) : __uint_as_float(pair << 16); }
+DEVICE float second_of(u32 pair) { return HALF ? high_half(pair) : __uint_as_float(pair & 0xffff0000u); }
+DEVICE float sum_of(u32 pair) { return first_of(pair) + second_of(pair); }
 DEVICE u32 shared_address(const void* pointer) {
   u64 out; asm("cvta.to.shared.u64 %0, %1;" : "=l"(out) : "l"(pointer)); return (u32)out;
 }
@@ -113,8 +116,11 @@ DEVICE void copy16(u32 to, const void* from, bool real) {  // zeros where not re
   int bytes = real ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
-DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LEFT> DEVICE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
+DEVICE void copy4(u32 to, const void* from, bool real) {
+  int bytes = real ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+DEVICE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 DEVICE void mma(float* acc, const u32* a, u32 b0, u32 b1) {
 #if HALF
@@ -124,6 +130,13 @@ DEVICE void mma(float* acc, const u32* a, u32 b0, u32 b1) {
 #endif
                : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+DEVICE void read_tokens(uint4& to, const u16* from) {  // not by way of the L1 cache, which may hold what was there before
+  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w) : "l"(from));
+}
+DEVICE void write_tokens(u32 to, const uint4& from) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(from.x), "r"(from.y), "r"(from.z), "r"(from.w)
+               : "memory");
 }
 DEVICE void tokens_of_two_steps(u32 address, u32* b) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -144,11 +157,14 @@ DEVICE void let_next_start() {
 }
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-DEVICE float read_shared_of(u32 address, u32 rank) {
+DEVICE u32 address_in(u32 address, u32 rank) {  // of the same place in another block of the cluster
   u32 there;
-  float value;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
+  return there;
+}
+DEVICE float read_shared_of(u32 address, u32 rank) {
+  float value;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address_in(address, rank)) : "memory");
   return value;
 }
 
@@ -283,15 +299,15 @@ constexpr int TABLE_BYTES = 128 << (2 * BITS);
 constexpr int TABLE_BYTES = 0;
 #endif
 DEVICE void spread_table(const u32* pairs) {
-  for (int i = threadIdx.x; i < TABLE_BYTES / 4; i += blockDim.x) ((u32*)memory)[i] = pairs[i >> 5];
+  for (int i = threadIdx.x; i < TABLE_BYTES / 16; i += blockDim.x) {
+    const u32 pair = pairs[i >> 3];
+    ((uint4*)memory)[i] = make_uint4(pair, pair, pair, pair);
+  }
 }
 
-// One result: its sum times what its row's scales were divided by.
-DEVICE void put(u16* y, float sum, const float* alpha, int row, int token, int m, int n) {
-  if (token < m && row < n) {
-    sum *= alpha[row];
-    y[(u64)token * n + row] = (u16)pair(sum, sum);
-  }
+// One result: its sum times alpha, what its row's scales were divided by.
+DEVICE void put(u16* y, float sum, float alpha, int row, int token, int m, int n) {
+  if (token < m && row < n) y[(u64)token * n + row] = (u16)pair(sum * alpha, sum * alpha);
 }
 
 // ---------------------------------------------------------------- few tokens
@@ -300,18 +316,47 @@ DEVICE void put(u16* y, float sum, const float* alpha, int row, int token, int m
 
 constexpr int FEW_ROWS = 16 * RT, FEW_TOKENS = 8 * MT, FEW_THREADS = 32 * WARPS;
 
+// Codes of up to 4 bits that are levels but for an offset are multiplied as they are, BIAS and all: of each sum, BIAS and
+// the zero point times the sum of its tokens is taken off, which was added up when they came in, GRAIN columns at a time.
+#define BIASED (BITS < 8 && !TABLE)
+constexpr float BIAS = HALF ? 1024 : 128;
+constexpr int GRAIN = (GROUP | 128) & -(GROUP | 128);  // the power of two in GROUP, up to 128
+
 struct Sums {
   float of[RT][MT][4];
 };
 
-// sums += unit of weights x tokens.
-DEVICE void few_unit(const Unit& unit, u32 tokens, u32 token_stride, Sums& total) {
+// What sums of `columns` of these tokens begin with; zeros: of row g and of row g + 8.
+DEVICE void begin_sums(float (*sums)[4], const float* token_sums, int columns, [[maybe_unused]] u32 zeros) {
+#if ZERO
+  const float above = BIAS + (float)(zeros & 255), below = BIAS + (float)(zeros >> 8);
+#else
+  const float above = BIAS + OFFSET, below = above;
+#endif
+#pragma unroll
+  for (int mt = 0; mt < MT; mt++) {
+    const float* from = token_sums + 8 * mt + 2 * (lane_id() & 3);
+    float2 sum = {0, 0};
+#pragma unroll
+    for (int i = 0; i < columns / GRAIN; i++) {
+      const float2 more = *(const float2*)(from + i * FEW_TOKENS);
+      sum.x += more.x, sum.y += more.y;
+    }
+    sums[mt][0] -= above * sum.x, sums[mt][1] -= above * sum.y;
+    sums[mt][2] -= below * sum.x, sums[mt][3] -= below * sum.y;
+  }
+}
+
+// sums += unit of weights x tokens, whose sums are those of the unit's columns.
+DEVICE void few_unit(const Unit& unit, u32 tokens, u32 token_stride, const float* token_sums, Sums& total) {
 #if GROUP
   Sums group = {};
 #else
   Sums& group = total;
+  if (BIASED)
+#pragma unroll
+    for (int rt = 0; rt < RT; rt++) begin_sums(total.of[rt], token_sums, UNIT, 0);
 #endif
-  u32 offset[RT][2];
 #pragma unroll
   for (int b = 0; b < BLOCKS; b++) {
 #pragma unroll
@@ -325,13 +370,19 @@ DEVICE void few_unit(const Unit& unit, u32 tokens, u32 token_stride, Sums& total
         [[maybe_unused]] const int column = b * COLUMNS + 16 * (step + half);
 #pragma unroll
         for (int rt = 0; rt < RT; rt++) {
-#if !ZERO
-          offsets(0, offset[rt]);
-#else
-          if (column % GROUP == 0) offsets(unit.zero[rt][column / GROUP], offset[rt]);
+#if GROUP
+          if (BIASED && column % GROUP == 0)
+            begin_sums(group.of[rt], token_sums + column / GRAIN * FEW_TOKENS, GROUP, unit.zero[rt][column / GROUP]);
 #endif
           u32 a[4];
-          levels(unit.words[rt][b], step + half, offset[rt], a);
+#if BIASED
+#pragma unroll
+          for (int r = 0; r < 4; r++) a[r] = raw(unit.words[rt][b], step + half, r);
+#else
+          u32 offset[2];
+          offsets(ZERO ? unit.zero[rt][column / GROUP] : 0, offset);
+          levels(unit.words[rt][b], step + half, offset, a);
+#endif
 #pragma unroll
           for (int mt = 0; mt < MT; mt++) mma(group.of[rt][mt], a, x[mt][2 * half], x[mt][2 * half + 1]);
         }
@@ -386,22 +437,44 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
   };
 #pragma unroll
   for (int d = 0; d < RING; d++) fetch_next(ring[d]);
+  let_next_start();
+  constexpr int PITCH = FEW_ROWS + 4, PART = FEW_TOKENS * PITCH;  // of a part: [tokens][rows], 4 more against bank conflicts
+  const int most = (all + places - 1) / places;  // strips of any block
+  float* factors = (float*)(memory + TABLE_BYTES);  // alpha of each row
+  float* parts = factors + most * FEW_ROWS;
+  for (int i = threadIdx.x; i < strips * FEW_ROWS; i += FEW_THREADS) {
+    const int row = strip * FEW_ROWS + i;
+    copy4(shared_address(factors + i), alpha + (row < n ? row : 0), row < n);
+  }
   spread_table(pairs);
 
-  let_next_start();
-  wait_for_inputs();
-  constexpr int PITCH = FEW_ROWS + 4, PART = FEW_TOKENS * PITCH;  // of a part: [tokens][rows], 4 more against bank conflicts
-  float* parts = (float*)(memory + TABLE_BYTES);
-  const int most = (all + places - 1) / places + WARPS;  // parts at most, of any block
-  const u32 base = shared_address(parts + most * PART);
   const int width = units * UNIT, pitch = 2 * width + 16;  // columns of x; bytes: rows begin 4 banks apart
-  for (int row = 0; row < m; row++)
-    for (int i = threadIdx.x; i < width / 8; i += FEW_THREADS) {
+  float* token_sums = parts + (most + WARPS) * PART;       // [columns / GRAIN][tokens]
+  const u32 base = shared_address(token_sums + (BIASED ? width / GRAIN * FEW_TOKENS : 0));
+  wait_for_inputs();
+  constexpr int AT_ONCE = 4;  // rows of x on their way
+  for (int first_row = 0; first_row < m; first_row += AT_ONCE)
+    for (int i = threadIdx.x; i - lane < width / 8; i += FEW_THREADS) {  // whole warps, for the sums
       const int column = start * UNIT + 8 * i;
-      copy16(base + row * pitch + 16 * i, x + (u64)row * k + (column < k ? column : 0), column < k);
+      uint4 eight[AT_ONCE];
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; j++) {
+        eight[j] = {0, 0, 0, 0};
+        if (first_row + j < m && 8 * i < width && column < k) read_tokens(eight[j], x + (u64)(first_row + j) * k + column);
+      }
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; j++) {
+        const int row = first_row + j;
+        if (row >= m) break;
+        if (8 * i < width) write_tokens(base + row * pitch + 16 * i, eight[j]);
+        if (!BIASED) continue;
+        float sum = sum_of(eight[j].x) + sum_of(eight[j].y) + sum_of(eight[j].z) + sum_of(eight[j].w);
+#pragma unroll
+        for (int other = 1; other < GRAIN / 8; other *= 2) sum += __shfl_xor_sync(0xffffffff, sum, other);
+        if (8 * i < width && i % (GRAIN / 8) == 0) token_sums[8 * i / GRAIN * FEW_TOKENS + row] = sum;
+      }
     }
-  copies_commit();
-  copies_wait<0>();
+  copies_wait();
   __syncthreads();
 
   // Lane l names row l % 8 of matrix l / 8. Rows past the last token hold anything: a token's sums are its own, and
@@ -414,7 +487,7 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
 #pragma unroll
     for (int d = 0; d < RING; d++) {
       if (at + d >= last) break;
-      few_unit(ring[d], tokens + 2 * unit * UNIT, 8 * pitch, total);
+      few_unit(ring[d], tokens + 2 * unit * UNIT, 8 * pitch, token_sums + unit * UNIT / GRAIN * FEW_TOKENS, total);
       fetch_next(ring[d]);
       if (++unit < units && at + d + 1 < last) continue;
 #pragma unroll
@@ -442,7 +515,7 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
     if (SPLIT > 1)
       parts[(s + from) * PART + token * PITCH + row] = sum;  // where no other strip has a part
     else
-      put(y, sum, alpha, (strip + s) * FEW_ROWS + row, token, m, n);
+      put(y, sum, factors[s * FEW_ROWS + row], (strip + s) * FEW_ROWS + row, token, m, n);
   }
 #if SPLIT > 1
   cluster_arrive();
@@ -457,7 +530,7 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
       const int from = (s * count * WARPS + WARPS - 1) / there;
       sum += read_shared_of(shared_address(parts + (s + from) * PART + token * PITCH + row), other);
     }
-    put(y, sum, alpha, (strip + s) * FEW_ROWS + row, token, m, n);
+    put(y, sum, factors[s * FEW_ROWS + row], (strip + s) * FEW_ROWS + row, token, m, n);
   }
   cluster_arrive();  // a block must not end while another reads its memory
   cluster_wait();
@@ -526,6 +599,7 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
       "bra again;\n"
       "done:}" ::"r"(barrier), "r"(parity) : "memory");
 }
+DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 DEVICE void read_tile(u32 to, const TensorMap* map, int column, int token, u32 barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
@@ -553,6 +627,14 @@ DEVICE void read_sums(float* to, const float* from) {  // four that another bloc
   asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
                : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3]) : "l"(from) : "memory");
 }
+DEVICE void read_sums_of(float* to, u32 there) {
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3]) : "r"(there) : "memory");
+}
+DEVICE void write_sums(u32 to, const float* from) {
+  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(to), "f"(from[0]), "f"(from[1]), "f"(from[2]), "f"(from[3])
+               : "memory");
+}
 DEVICE u32 read_count(const u32* from) {
   u32 count;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(from) : "memory");
@@ -574,7 +656,8 @@ DEVICE void scaled(u32* a, u32 low, u32 high) {
   a[0] = times(a[0], low), a[1] = times(a[1], high), a[2] = times(a[2], low), a[3] = times(a[3], high);
 }
 
-// What a block does, in its order: whole tiles first, then its run of the units of those that are left.
+// What a block does, in its order: whole tiles first, then its run of the units of those that are left; of a cluster, its
+// part of the cluster's tile.
 struct Work {
   int tile, first, last;       // units first .. last - 1 of a tile
   int units, tiles, shared;    // units of a tile; the first of the tiles that are shared
@@ -583,6 +666,10 @@ struct Work {
 
   DEVICE Work(int tiles, int units) : units(units), tiles(tiles), block(blockIdx.x) {
     const int blocks = gridDim.x;
+    if (SPLIT > 1) {
+      tile = -1;
+      return;
+    }
     tile = block - blocks, shared = SHARE ? tiles / blocks * blocks : tiles;
     const int left = tiles - shared;
     line = left * units;
@@ -591,6 +678,11 @@ struct Work {
     at = block < sharers ? begin_of(block) : line, end = block < sharers ? begin_of(block + 1) : line;
   }
   DEVICE bool next() {
+    if (SPLIT > 1) {
+      if (tile >= 0) return false;
+      tile = block / SPLIT, first = units * (block % SPLIT) / SPLIT, last = units * (block % SPLIT + 1) / SPLIT;
+      return true;
+    }
     if (tile + (int)gridDim.x < shared) {
       tile += gridDim.x, first = 0, last = units;
       return true;
@@ -641,6 +733,9 @@ DEVICE void put_piece(u32 mine, u16* y, int first_row, int first_token, int m, i
 }
 
 extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
+#if SPLIT > 1
+    __cluster_dims__(SPLIT, 1, 1)
+#endif
     many(Weight w, const float* alpha, const u32* pairs, const __grid_constant__ TensorMap map, u16* y, float* left,
          u32* counts, int m, int n) {
   __shared__ __align__(8) u64 barriers[2 * STAGES];
@@ -657,9 +752,9 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
     }
     asm volatile("fence.proxy.async;" ::: "memory");
   }
+  let_next_start();
   spread_table(pairs);
   __syncthreads();
-  let_next_start();
 
   Work work((n + MANY_ROWS - 1) / MANY_ROWS * ((m + NT - 1) / NT), w.units);
   int first_row, first_token;
@@ -669,7 +764,10 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
 #endif
     // A copy takes a warp a while to begin, whatever its size: lanes have one each, and warps share them out.
     const int copier = warp - 4 * WG;
-    if (copier == COPIERS) wait_for_inputs();
+    if (copier == COPIERS) {
+      prefetch_map(&map);
+      wait_for_inputs();
+    }
     int slot = 0, phase = 1;
     while (work.next()) {
       place(work.tile, m, n, &first_row, &first_token);
@@ -722,6 +820,9 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
   const u32 zeros = weights + ZEROS_AT + warp * ZERO_BYTES + 2 * (lane >> 2);
   int slot = 0, phase = 0, before = 0;
   while (work.next()) {
+    place(work.tile, m, n, &first_row, &first_token);
+    const int row = first_row + 16 * warp + (lane >> 2);
+    const float top = row < n ? alpha[row] : 0, bottom = row + 8 < n ? alpha[row + 8] : 0;
     float acc[NT / 2], apart[APART ? NT / 2 : 1];
 #pragma unroll
     for (int i = 0; i < NT / 2; i++) acc[i] = 0;
@@ -788,11 +889,10 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
     if (threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * before);
     if (APART) add_group();
 
-    place(work.tile, m, n, &first_row, &first_token);
     // Parts of this tile are with blocks head .. tail. It is the last work of all but perhaps the last of them, and those whose
     // last work it is add up a share of the pieces each. A piece that another adds goes to memory; a block has two places
     // there, for it may be the tail of one tile and the head of another.
-    const bool whole = work.first == 0 && work.last == w.units;
+    const bool whole = SPLIT > 1 || (work.first == 0 && work.last == w.units);
     const int head = whole ? 0 : work.owner(0), tail = whole ? 0 : work.owner(w.units - 1);
     const bool tail_adds = !whole && work.begin_of(tail + 1) == work.at_unit(w.units);
     const int adders = whole ? 1 : tail - head + tail_adds;
@@ -806,6 +906,32 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
       ours[j] = of == share;
       if (++of == adders) of = 0;
     }
+#if SPLIT > 1
+    // Each block of the cluster adds its share of the pieces; those of others lie where weights and tokens were.
+    const int rank = blockIdx.x % SPLIT;
+    const u32 exchanged = tokens + warp * PIECES * 1024 + 16 * lane;
+    bar_sync<128 * WG>(1);
+#pragma unroll
+    for (int j = 0; j < PIECES; j++) {
+      ours[j] = (warp * PIECES + j) % SPLIT == rank;
+      if (!ours[j]) write_sums(exchanged + 1024 * j, acc + 8 * j), write_sums(exchanged + 1024 * j + 512, acc + 8 * j + 4);
+    }
+    cluster_arrive();
+    cluster_wait();
+#pragma unroll
+    for (int other = 1; other < SPLIT; other++) {
+      const u32 there = address_in(exchanged, (rank + other) % SPLIT);
+#pragma unroll
+      for (int j = 0; j < PIECES; j++) {
+        float more[8];
+        if (!ours[j]) continue;
+        read_sums_of(more, there + 1024 * j), read_sums_of(more + 4, there + 1024 * j + 512);
+#pragma unroll
+        for (int i = 0; i < 8; i++) acc[8 * j + i] += more[i];
+      }
+    }
+    cluster_arrive();  // a block must not end while another reads its memory
+#endif
     if (!whole) {
       float* const to = left + (u64)(2 * work.block + (work.block == head)) * TILE_SUMS + warp * PIECES * 256 + 4 * lane;
 #pragma unroll
@@ -840,8 +966,6 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
         }
       }
     }
-    const int row = first_row + 16 * warp + (lane >> 2);
-    const float top = row < n ? alpha[row] : 0, bottom = row + 8 < n ? alpha[row + 8] : 0;
 #pragma unroll
     for (int first = 0; first < PIECES; first += TURNED) {
       __syncwarp();  // what was there has been read
@@ -853,6 +977,9 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
       for (int j = 0; j < TURNED; j++)
         if (ours[first + j]) put_piece(mine + 512 * j, y, first_row + 16 * warp, first_token + 16 * (first + j), m, n);
     }
+#if SPLIT > 1
+    cluster_wait();
+#endif
     if (!whole) {
       bar_sync<128 * WG>(1);
       if (threadIdx.x == 0 && add_count(count) == parts + adders - 1) *count = 0;  // all have seen it
@@ -903,12 +1030,8 @@ extern "C" __global__ void __launch_bounds__(256)
 #pragma unroll
         for (int r = 0; r < 4; r++) {
           const float factor = r & 1 ? high : low;
-#if HALF
-          const float first = low_half(a[r]), second = high_half(a[r]);
-#else
-          const float first = __uint_as_float(a[r] << 16), second = __uint_as_float(a[r] & 0xffff0000u);
-#endif
-          staged[warp][g + 8 * (r & 1)][step * 8 + 4 * (r >> 1) + c] = pair(first * factor, second * factor);
+          staged[warp][g + 8 * (r & 1)][step * 8 + 4 * (r >> 1) + c] =
+              pair(first_of(a[r]) * factor, second_of(a[r]) * factor);
         }
       }
       __syncwarp();
