@@ -115,7 +115,10 @@ class Few:
         width = -(-units // self.split) * layout.unit
         tokens = (m if self.mt == 1 else self.tokens) * (2 * width + 16)
         sums = 4 * width // layout.grain * self.tokens if layout.grain else 0
-        return _table_bytes(layout) + 4 * most * rows + 4 * parts * self.tokens * (rows + 4) + sums + tokens
+        groups = layout.unit // layout.group if layout.group else 0
+        slot = self.rt * (2 * layout.unit * layout.bits + 128 * groups * (2 if layout.zero else 1))
+        ring = self.warps * self.ring * slot
+        return _table_bytes(layout) + ring + 4 * most * rows + 4 * parts * self.tokens * (rows + 4) + sums + tokens
 
     def grid(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
         return self.places(n, sms) * self.split

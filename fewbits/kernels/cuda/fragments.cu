@@ -120,7 +120,11 @@ DEVICE void copy4(u32 to, const void* from, bool real) {
   int bytes = real ? 4 : 0;
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
-DEVICE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+DEVICE void copy16_ahead(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LEFT> DEVICE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 
 DEVICE void mma(float* acc, const u32* a, u32 b0, u32 b1) {
 #if HALF
@@ -130,6 +134,15 @@ DEVICE void mma(float* acc, const u32* a, u32 b0, u32 b1) {
 #endif
                : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+DEVICE void read4(u32* to, u32 address) {
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
+}
+DEVICE u32 read1(u32 address) {
+  u32 word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+  return word;
 }
 DEVICE void read_tokens(uint4& to, const u16* from) {  // not by way of the L1 cache, which may hold what was there before
   asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w) : "l"(from));
@@ -322,6 +335,57 @@ constexpr int FEW_ROWS = 16 * RT, FEW_TOKENS = 8 * MT, FEW_THREADS = 32 * WARPS;
 constexpr float BIAS = HALF ? 1024 : 128;
 constexpr int GRAIN = (GROUP | 128) & -(GROUP | 128);  // the power of two in GROUP, up to 128
 
+// A unit on its way lies in shared memory as its lanes will read it: 16 bytes of words of each lane (4 where there are 3
+// bits), 4 bytes of scales of each lane, 4 of zero points. A lane reads what it has copied, so nobody waits for anybody.
+constexpr int SLOT_SCALES = RT * BLOCKS * WORDS * 128, SLOT_ZEROS = SLOT_SCALES + RT * SCALES * 128;
+constexpr int SLOT_BYTES = SLOT_ZEROS + (ZERO ? RT * SCALES * 128 : 0);
+
+DEVICE void copy_unit(Stream& from, int units, u32 slot) {
+  const int lane = lane_id();
+#pragma unroll
+  for (int rt = 0; rt < RT; rt++) {
+    const u32* words = from.words + (u64)(rt * units) * UNIT_WORDS;
+#if BITS == 3
+#pragma unroll
+    for (int i = 0; i < BLOCKS * WORDS; i++) copy4(slot + (rt * BLOCKS * WORDS + i) * 128 + 4 * lane, words + 32 * i, true);
+#else
+#pragma unroll
+    for (int i = 0; i < BLOCKS * WORDS; i += 4)
+      copy16_ahead(slot + (rt * BLOCKS * WORDS + i) * 128 + 16 * lane, words + 32 * i);
+#endif
+#pragma unroll
+    for (int s = 0; s < SCALES; s++) {
+      const u32 to = slot + (rt * SCALES + s) * 128 + 4 * lane;
+      copy4(to + SLOT_SCALES, from.scale + (u64)(rt * units) * SCALES * 8 + 8 * s, true);
+#if ZERO
+      copy4(to + SLOT_ZEROS, (const void*)((u64)(from.zero + (u64)(rt * units) * SCALES * 8 + 8 * s) & ~3ull), true);
+#endif
+    }
+  }
+  from.words += UNIT_WORDS, from.scale += SCALES * 8, from.zero += SCALES * 8;
+}
+
+DEVICE void read_unit(u32 slot, Unit& to) {
+  const int lane = lane_id();
+#pragma unroll
+  for (int rt = 0; rt < RT; rt++) {
+#pragma unroll
+    for (int i = 0; i < BLOCKS * WORDS; i += BITS == 3 ? 1 : 4) {
+      const u32 at = slot + (rt * BLOCKS * WORDS + i) * 128;
+      if (BITS == 3) to.words[rt][i / WORDS][i % WORDS] = read1(at + 4 * lane);
+      else read4(&to.words[rt][i / WORDS][i % WORDS], at + 16 * lane);
+    }
+#pragma unroll
+    for (int s = 0; s < SCALES; s++) {
+      const u32 at = slot + (rt * SCALES + s) * 128 + 4 * lane;
+      to.scale[rt][s] = read1(at + SLOT_SCALES);
+#if ZERO
+      to.zero[rt][s] = read1(at + SLOT_ZEROS) >> (lane & 4 ? 16 : 0) & 0xffff;
+#endif
+    }
+  }
+}
+
 struct Sums {
   float of[RT][MT][4];
 };
@@ -426,26 +490,28 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
   int ahead = first, ahead_unit = first % units;
   Stream weights = stream(w, (strip + first / units) * RT, start + ahead_unit);
   const int skip = RT * w.units - units;  // from the end of a strip's part to the next strip's
-  Unit ring[RING];
-  auto fetch_next = [&](Unit& to) {
-    if (ahead++ >= last) return;
-    fetch(weights, w.units, to);
-    if ((RT > 1 || SPLIT > 1) && ++ahead_unit == units) {
-      ahead_unit = 0;
-      weights.words += (long long)skip * UNIT_WORDS, weights.scale += skip * SCALES * 8, weights.zero += skip * SCALES * 8;
-    }
-  };
-#pragma unroll
-  for (int d = 0; d < RING; d++) fetch_next(ring[d]);
-  let_next_start();
   constexpr int PITCH = FEW_ROWS + 4, PART = FEW_TOKENS * PITCH;  // of a part: [tokens][rows], 4 more against bank conflicts
   const int most = (all + places - 1) / places;  // strips of any block
-  float* factors = (float*)(memory + TABLE_BYTES);  // alpha of each row
+  float* factors = (float*)(memory + TABLE_BYTES + WARPS * RING * SLOT_BYTES);  // alpha of each row
   float* parts = factors + most * FEW_ROWS;
   for (int i = threadIdx.x; i < strips * FEW_ROWS; i += FEW_THREADS) {
     const int row = strip * FEW_ROWS + i;
     copy4(shared_address(factors + i), alpha + (row < n ? row : 0), row < n);
   }
+  const u32 ring = shared_address(memory) + TABLE_BYTES + warp * RING * SLOT_BYTES;
+  auto copy_next = [&](int slot) {
+    if (ahead++ < last) {
+      copy_unit(weights, w.units, ring + slot * SLOT_BYTES);
+      if ((RT > 1 || SPLIT > 1) && ++ahead_unit == units) {
+        ahead_unit = 0;
+        weights.words += (long long)skip * UNIT_WORDS, weights.scale += skip * SCALES * 8, weights.zero += skip * SCALES * 8;
+      }
+    }
+    copies_commit();
+  };
+#pragma unroll
+  for (int d = 0; d < RING; d++) copy_next(d);
+  let_next_start();
   spread_table(pairs);
 
   const int width = units * UNIT, pitch = 2 * width + 16;  // columns of x; bytes: rows begin 4 banks apart
@@ -474,7 +540,6 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
         if (8 * i < width && i % (GRAIN / 8) == 0) token_sums[8 * i / GRAIN * FEW_TOKENS + row] = sum;
       }
     }
-  copies_wait();
   __syncthreads();
 
   // Lane l names row l % 8 of matrix l / 8. Rows past the last token hold anything: a token's sums are its own, and
@@ -483,25 +548,27 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
   const u32 tokens = base + (MT > 1 || row < m ? row : m - 1) * pitch + 16 * (lane >> 3);
   Sums total = {};
   int unit = first % units, part = first / units + warp;
-  for (int at = first; at < last; at += RING) {
+  int slot = 0;
+  for (int at = first; at < last; at++) {
+    copies_wait<RING - 1>();
+    Unit now;
+    read_unit(ring + slot * SLOT_BYTES, now);
+    few_unit(now, tokens + 2 * unit * UNIT, 8 * pitch, token_sums + unit * UNIT / GRAIN * FEW_TOKENS, total);
+    copy_next(slot);
+    if (++slot == RING) slot = 0;
+    if (++unit < units && at + 1 < last) continue;
 #pragma unroll
-    for (int d = 0; d < RING; d++) {
-      if (at + d >= last) break;
-      few_unit(ring[d], tokens + 2 * unit * UNIT, 8 * pitch, token_sums + unit * UNIT / GRAIN * FEW_TOKENS, total);
-      fetch_next(ring[d]);
-      if (++unit < units && at + d + 1 < last) continue;
+    for (int rt = 0; rt < RT; rt++)
 #pragma unroll
-      for (int rt = 0; rt < RT; rt++)
+      for (int mt = 0; mt < MT; mt++)
 #pragma unroll
-        for (int mt = 0; mt < MT; mt++)
-#pragma unroll
-          for (int i = 0; i < 4; i++)
-            parts[part * PART + (8 * mt + 2 * c + (i & 1)) * PITCH + 16 * rt + g + 8 * (i >> 1)] = total.of[rt][mt][i];
-      total = {};
-      unit = 0;
-      part++;
-    }
+        for (int i = 0; i < 4; i++)
+          parts[part * PART + (8 * mt + 2 * c + (i & 1)) * PITCH + 16 * rt + g + 8 * (i >> 1)] = total.of[rt][mt][i];
+    total = {};
+    unit = 0;
+    part++;
   }
+  copies_wait<0>();
   __syncthreads();
 
   // Unit u of the line is warp (u WARPS + WARPS - 1) / line's: the last whose piece begins at or before it.
@@ -608,15 +675,6 @@ DEVICE void read_tile(u32 to, const TensorMap* map, int column, int token, u32 b
 DEVICE void read_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
                "r"(bytes), "r"(barrier) : "memory");
-}
-DEVICE void read4(u32* to, u32 address) {
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
-}
-DEVICE u32 read1(u32 address) {
-  u32 word;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
-  return word;
 }
 DEVICE u32 read_half(u32 address) {
   u16 word;
