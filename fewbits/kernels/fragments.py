@@ -118,7 +118,7 @@ class Few:
         groups = layout.unit // layout.group if layout.group else 0
         slot = self.rt * (2 * layout.unit * layout.bits + 128 * groups * (2 if layout.zero else 1))
         ring = self.warps * self.ring * slot
-        return _table_bytes(layout) + ring + 4 * most * rows + 4 * parts * self.tokens * (rows + 4) + sums + tokens
+        return _table_bytes(layout) + ring + 4 * most * rows + 4 * (-(-most // 4) * 4) + 4 * parts * self.tokens * (rows + 4) + sums + tokens
 
     def grid(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
         return self.places(n, sms) * self.split

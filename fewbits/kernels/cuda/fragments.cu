@@ -493,7 +493,8 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
   constexpr int PITCH = FEW_ROWS + 4, PART = FEW_TOKENS * PITCH;  // of a part: [tokens][rows], 4 more against bank conflicts
   const int most = (all + places - 1) / places;  // strips of any block
   float* factors = (float*)(memory + TABLE_BYTES + WARPS * RING * SLOT_BYTES);  // alpha of each row
-  float* parts = factors + most * FEW_ROWS;
+  u32* bounds = (u32*)(factors + most * FEW_ROWS);  // the first and the last warp that have a piece of a strip
+  float* parts = (float*)(bounds + (most + 3) / 4 * 4);
   for (int i = threadIdx.x; i < strips * FEW_ROWS; i += FEW_THREADS) {
     const int row = strip * FEW_ROWS + i;
     copy4(shared_address(factors + i), alpha + (row < n ? row : 0), row < n);
@@ -512,6 +513,10 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
 #pragma unroll
   for (int d = 0; d < RING; d++) copy_next(d);
   let_next_start();
+  // Unit u of the line is warp (u WARPS + WARPS - 1) / line's: the last whose piece begins at or before it.
+  for (int s = threadIdx.x; s < strips; s += FEW_THREADS)
+    bounds[s] = (s * units * WARPS + WARPS - 1) / line | (((s + 1) * units - 1) * WARPS + WARPS - 1) / line << 16;
+  const u32 of_m = 0xffffffffu / m + 1;  // an integer division takes long, and the end of a block is waited for
   spread_table(pairs);
 
   const int width = units * UNIT, pitch = 2 * width + 16;  // columns of x; bytes: rows begin 4 banks apart
@@ -571,10 +576,9 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
   copies_wait<0>();
   __syncthreads();
 
-  // Unit u of the line is warp (u WARPS + WARPS - 1) / line's: the last whose piece begins at or before it.
   for (int i = threadIdx.x; i < strips * FEW_ROWS * m; i += FEW_THREADS) {
-    const int row = i % FEW_ROWS, token = i / FEW_ROWS % m, s = i / FEW_ROWS / m;
-    const int from = (s * units * WARPS + WARPS - 1) / line, to = (((s + 1) * units - 1) * WARPS + WARPS - 1) / line;
+    const int row = i % FEW_ROWS, s = m == 1 ? i / FEW_ROWS : __umulhi(i / FEW_ROWS, of_m), token = i / FEW_ROWS - s * m;
+    const int from = bounds[s] & 0xffff, to = bounds[s] >> 16;
     float sum = 0;
     for (int by = from; by <= to; by++)
       if (line >= WARPS || line * by / WARPS < line * (by + 1) / WARPS)  // on a short line some have nothing
@@ -589,7 +593,7 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
   cluster_wait();
   // Columns differ from block to block of the cluster, and so may where a strip's first part lies.
   for (int i = rank * FEW_THREADS + threadIdx.x; i < strips * FEW_ROWS * m; i += SPLIT * FEW_THREADS) {
-    const int row = i % FEW_ROWS, token = i / FEW_ROWS % m, s = i / FEW_ROWS / m;
+    const int row = i % FEW_ROWS, s = m == 1 ? i / FEW_ROWS : __umulhi(i / FEW_ROWS, of_m), token = i / FEW_ROWS - s * m;
     float sum = 0;
 #pragma unroll
     for (int other = 0; other < SPLIT; other++) {
