@@ -5,7 +5,8 @@ keeps a kernel from it is work per weight: finding its place, turning an integer
 memory. Here none is left. The weight is stored in the order in which the threads of a warp hold the left operand of
 `mma.m16n8k16` (CUDA PTX ISA, "Matrix fragments for mma.m16n8k16"), so that a thread reads 16 bytes, all its own;
 and codes are packed so that one mask leaves two of them in the last bits of two 16-bit floats whose value is then
-128 + code (bfloat16) or 1024 + code (float16); a subtraction makes that code - zero, exactly. (The order is that of
+128 + code (bfloat16) or 1024 + code (float16); a subtraction makes that code - zero, exactly. `few` saves even that: it
+multiplies 128 + code and takes (128 + zero) times the sum of the group's tokens off the sum. (The order is that of
 Marlin, arXiv 2408.11743, the trick of FasterTransformer.)
 
     tile      16 rows x 16 columns; lane l = 4 g + c holds registers r = 0..3 of two values each:
@@ -83,7 +84,11 @@ class Layout:
 @dataclass(frozen=True, kw_only=True)
 class Few:
     """`few`: rt tiles of 16 rows a strip, warps of a block, mt tiles of 8 tokens, split blocks of a cluster along the
-    columns, ring units of weights on their way, per_sm blocks a multiprocessor, registers for `resident` of them."""
+    columns, ring units of weights on their way to each warp, per_sm blocks a multiprocessor, registers for `resident`.
+
+    With more resident than per_sm the blocks of the next product stand ready, with their first weights, while this one
+    runs.
+    """
 
     rt: int = 1
     warps: int = 16
@@ -118,7 +123,15 @@ class Few:
         groups = layout.unit // layout.group if layout.group else 0
         slot = self.rt * (2 * layout.unit * layout.bits + 128 * groups * (2 if layout.zero else 1))
         ring = self.warps * self.ring * slot
-        return _table_bytes(layout) + ring + 4 * most * rows + 4 * (-(-most // 4) * 4) + 4 * parts * self.tokens * (rows + 4) + sums + tokens
+        return (
+            _table_bytes(layout)
+            + ring
+            + 4 * most * rows
+            + 4 * (-(-most // 4) * 4)
+            + 4 * parts * self.tokens * (rows + 4)
+            + sums
+            + tokens
+        )
 
     def grid(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
         return self.places(n, sms) * self.split
@@ -136,6 +149,7 @@ class Many:
     """`many`: wg warpgroups of 64 rows, nt tokens, stages of a unit on their way, per_sm blocks a multiprocessor.
 
     share: tiles that are left over are not shared (0), each by the same number of blocks (1), all by all (2).
+    split: or the columns of every tile are, by so many blocks of a cluster, if all tiles can be worked on at once.
     apart: the sums of a group are kept apart.
     """
 

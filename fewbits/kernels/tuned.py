@@ -3,7 +3,7 @@
 A file of measured choices, `tuned/<device>.json` beside this one, or in the cache folder where `fewbits bench kernels
 --tune` leaves it (which goes first), holds
 
-    {"version": 2, "device": "NVIDIA H200", "capability": 9, "environment": {...},
+    {"version": 3, "device": "NVIDIA H200", "capability": 9, "environment": {...},
      "cases": [{"bits": 4, "table": false, "group": 128, "n": 4096, "k": 4096, "m": 16,
                 "kernel": "few", "choices": {...}}]}
 
@@ -26,7 +26,7 @@ from typing import Any
 from fewbits.kernels import nvrtc
 from fewbits.kernels.fragments import SHARED_LIMIT, Config, Few, Layout, Many, fits
 
-VERSION = 2  # 1: `many` split by clusters
+VERSION = 3  # 2: `few` kept units in registers, `many` knew no clusters
 KERNELS: dict[str, type[Few] | type[Many]] = {"few": Few, "many": Many}
 
 

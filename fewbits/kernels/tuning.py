@@ -28,18 +28,18 @@ def candidates(m: int) -> list[Config]:
     found: list[Config] = []
     if m <= 8:
         one = [
-            (1, 16, 2, 1, 2), (1, 16, 3, 1, 1), (1, 16, 4, 1, 1), (1, 8, 4, 2, 2), (2, 16, 2, 1, 1), (2, 8, 2, 2, 2),
-            (1, 12, 4, 1, 2), (1, 4, 2, 32, 6), (1, 8, 2, 32, 4), (1, 16, 2, 32, 2), (1, 8, 4, 32, 3), (2, 4, 2, 32, 4),
+            (1, 16, 2, 1, 2), (1, 16, 3, 1, 2), (1, 16, 4, 1, 2), (1, 16, 4, 1, 1), (1, 16, 6, 1, 1), (2, 16, 2, 1, 1),
+            (2, 8, 3, 1, 2), (1, 12, 3, 2, 3), (1, 8, 4, 2, 4), (1, 8, 3, 32, 4), (1, 16, 2, 32, 2),
         ]  # fmt: skip
         found += [
             Few(rt=rt, warps=warps, ring=ring, per_sm=per_sm, resident=resident, split=split)
             for rt, warps, ring, per_sm, resident in one for split in (1, 2)
         ]  # fmt: skip
     if 4 < m <= 16:
-        two = [(1, 16, 2, 1), (1, 16, 4, 1), (1, 8, 4, 2), (2, 16, 2, 1), (2, 12, 3, 1), (2, 8, 2, 2), (4, 8, 2, 1)]
+        two = [(1, 16, 2, 1, 1), (1, 16, 3, 1, 2), (2, 16, 2, 1, 1), (2, 12, 3, 1, 1), (2, 8, 3, 1, 2)]
         found += [
-            Few(rt=rt, warps=warps, ring=ring, per_sm=per_sm, resident=per_sm, mt=2, split=split)
-            for rt, warps, ring, per_sm in two for split in (1, 2, 4)
+            Few(rt=rt, warps=warps, ring=ring, per_sm=per_sm, resident=resident, mt=2, split=split)
+            for rt, warps, ring, per_sm, resident in two for split in (1, 2, 4)
         ]  # fmt: skip
     if m > 8:
         wide = [
@@ -49,9 +49,17 @@ def candidates(m: int) -> list[Config]:
             (64, 2, 4, 1, True), (64, 2, 4, 1, False), (64, 3, 4, 1, True), (64, 3, 4, 1, False), (64, 4, 4, 1, False),
             (128, 1, 5, 1, False), (128, 2, 4, 1, False), (128, 3, 4, 1, False), (256, 2, 3, 1, False),
         ]  # fmt: skip
+        clusters = [
+            (16, 1, 5, 2, True), (16, 2, 8, 1, True), (16, 3, 8, 1, True), (16, 4, 8, 1, True), (16, 4, 5, 1, True),
+            (16, 3, 5, 1, False), (32, 1, 5, 2, True), (32, 2, 8, 1, True), (32, 3, 6, 1, True), (32, 3, 4, 1, False),
+            (64, 1, 8, 1, True), (64, 1, 4, 1, False), (64, 2, 6, 1, True), (64, 2, 4, 1, False), (64, 3, 4, 1, False),
+            (128, 1, 5, 1, False), (128, 2, 4, 1, False), (128, 3, 4, 1, False), (256, 2, 3, 1, False),
+        ]  # fmt: skip
+        ways = [(choice, share, 1) for choice in wide for share in (0, 1, 2)]
+        ways += [(choice, 0, split) for choice in clusters for split in (2, 4)]
         found += [
-            Many(nt=nt, wg=wg, stages=stages, per_sm=per_sm, apart=apart, share=share)
-            for nt, wg, stages, per_sm, apart in wide for share in (0, 1, 2)
+            Many(nt=nt, wg=wg, stages=stages, per_sm=per_sm, apart=apart, share=share, split=split)
+            for (nt, wg, stages, per_sm, apart), share, split in ways
             if m / 8 <= nt < max(2 * m, 32) or (m > 2048 and nt >= 128)
         ]  # fmt: skip
     return found

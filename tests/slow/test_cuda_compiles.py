@@ -35,7 +35,7 @@ def test_kernels_compile(name: str, architecture: str) -> None:
     layout = LAYOUTS[name]
     choices = [{"DENSE": 1}, Few().macros, Few(rt=2, warps=8, mt=2, ring=3).macros]
     if architecture == "sm_90a":
-        many = [Many(nt=16, wg=1, per_sm=2), Many(nt=64, wg=4, share=1), Many(nt=256, stages=3, share=0)]
+        many = [Many(nt=16, wg=1, per_sm=2), Many(nt=64, wg=4, share=1), Many(nt=256, stages=3, share=0), Many(split=2)]
         if layout.group and layout.group % 64 == 0:
             many.append(Many(nt=32, apart=True))
         choices += [Few(split=4).macros, *(config.macros for config in many)]

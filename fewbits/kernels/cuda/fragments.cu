@@ -3,7 +3,7 @@
 // Compiled at run time (nvrtc.py) with the macros below; no header is needed. The host side, which makes the layout and
 // says what it is for, is fragments.py. Three kernels share one layout of the weight:
 //
-//   few    up to some 32 tokens: mma.sync, weights straight from memory to registers, K split over warps and a cluster
+//   few    up to some 32 tokens: mma.sync, columns split over warps and a cluster
 //   many   up to some 256 tokens: wgmma with the weights as register operand, tokens through shared memory
 //   dense  the weight in 16 bits, for a dense product with more tokens than that
 //
@@ -15,7 +15,7 @@
 // Macros. BITS; TABLE (codes index a table of levels) or not (levels are consecutive integers); GROUP columns that share
 // a scale, a multiple of 16, or 0; ZERO (a zero point per group) or OFFSET (one for all); HALF (float16 in and out, else
 // bfloat16); RT tiles of 16 rows per warp, WARPS of a thread block, MT tiles of 8 tokens, SPLIT thread blocks of a
-// cluster along columns, RING units of weights in flight, RESIDENT blocks to leave registers for; for `many`: WG
+// cluster along columns, RING units of weights on their way to a warp, RESIDENT blocks to leave registers for; for `many`: WG
 // warpgroups, NT tokens, STAGES, SHARE (of tiles that are left over: 0 no, 1 an equal number of blocks to each tile, 2
 // equal runs), the LEAST_UNITS of a run, APART (sums of a group), and REGISTERS of a thread that multiplies, or 0 to leave
 // them as the compiler has them.
@@ -444,7 +444,11 @@ DEVICE void few_unit(const Unit& unit, u32 tokens, u32 token_stride, const float
           for (int r = 0; r < 4; r++) a[r] = raw(unit.words[rt][b], step + half, r);
 #else
           u32 offset[2];
-          offsets(ZERO ? unit.zero[rt][column / GROUP] : 0, offset);
+#if ZERO
+          offsets(unit.zero[rt][column / GROUP], offset);
+#else
+          offsets(0, offset);
+#endif
           levels(unit.words[rt][b], step + half, offset, a);
 #endif
 #pragma unroll
@@ -474,6 +478,10 @@ DEVICE void few_unit(const Unit& unit, u32 tokens, u32 token_stride, const float
 // weights lie in a line, strip after strip, and every warp takes an equal piece of the line, from the middle of one strip to
 // the middle of another, without waiting for anyone. What it summed up of a strip goes to shared memory under the number
 // strip + warp, which no other pair has, and at the end the parts of each strip are added in the order of the warps.
+//
+// On a small layer what counts is the time from the end of one product to the end of the next, which must be that of what
+// depends on it: x, the products, the sums. All else is done before: the next product's blocks find room beside this one's
+// (that is why units on their way lie in shared memory, not in registers), and fetch their first weights and wait.
 extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
 #if SPLIT > 1
     __cluster_dims__(SPLIT, 1, 1)
@@ -624,6 +632,9 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
 // same number are shared out by their columns, in equal runs ("stream-K", Osama et al., arXiv 2301.03598): a run goes from
 // the middle of one tile to the middle of the next. Blocks that have parts of a tile leave their sums in memory; those
 // of which it is the last work wait for one another, and each adds the others' sums to its own for its share of the tile.
+//
+// Or (SPLIT) all tiles are worked on at once, each by a cluster, which shares out its columns; then the blocks read one
+// another's sums in shared memory, in half the time of the way through memory.
 //
 // Sums of a group can be kept apart and added to the others times its scale, as in `few`. That takes two sets of sums, and
 // the tensor cores wait at the end of each group; else a weight is multiplied by its scale in 16 bits before the product.
