@@ -84,7 +84,8 @@ class Layout:
 @dataclass(frozen=True, kw_only=True)
 class Few:
     """`few`: rt tiles of 16 rows a strip, warps of a block, mt tiles of 8 tokens, split blocks of a cluster along the
-    columns, ring units of weights on their way to each warp, per_sm blocks a multiprocessor, registers for `resident`.
+    columns, ring units of weights on their way to each warp (staged in shared memory, else in registers), per_sm blocks a
+    multiprocessor, registers for `resident`.
 
     With more resident than per_sm the blocks of the next product stand ready, with their first weights, while this one
     runs.
@@ -97,6 +98,7 @@ class Few:
     ring: int = 2
     per_sm: int = 1
     resident: int = 1
+    staged: bool = False
 
     name = "few"
 
@@ -121,8 +123,8 @@ class Few:
         tokens = (m if self.mt == 1 else self.tokens) * (2 * width + 16)
         sums = 4 * width // layout.grain * self.tokens if layout.grain else 0
         groups = layout.unit // layout.group if layout.group else 0
-        slot = self.rt * (2 * layout.unit * layout.bits + 128 * groups * (2 if layout.zero else 1))
-        ring = self.warps * self.ring * slot
+        slot = self.rt * (2 * layout.unit * layout.bits + groups * (48 if layout.zero else 32))
+        ring = self.warps * self.ring * slot if self.staged else 0
         return (
             _table_bytes(layout)
             + ring
@@ -140,7 +142,7 @@ class Few:
     def macros(self) -> dict[str, int]:
         return {
             "RT": self.rt, "WARPS": self.warps, "MT": self.mt, "SPLIT": self.split, "RING": self.ring,
-            "RESIDENT": self.resident, "FEW": 1,
+            "RESIDENT": self.resident, "STAGED": int(self.staged), "FEW": 1,
         }  # fmt: skip
 
 

@@ -30,18 +30,20 @@ def candidates(m: int) -> list[Config]:
     found: list[Config] = []
     if m <= 8:
         one = [
-            (1, 16, 2, 1, 2), (1, 16, 3, 1, 2), (1, 16, 4, 1, 2), (1, 16, 4, 1, 1), (1, 16, 6, 1, 1), (2, 16, 2, 1, 1),
-            (2, 8, 3, 1, 2), (1, 12, 3, 2, 3), (1, 8, 4, 2, 4), (1, 8, 3, 32, 4), (1, 16, 2, 32, 2),
+            (1, 16, 2, 1, 2, True), (1, 16, 3, 1, 2, True), (1, 16, 4, 1, 2, True), (1, 16, 6, 1, 1, True),
+            (2, 16, 2, 1, 1, True), (1, 12, 3, 2, 3, True), (1, 16, 2, 1, 2, False), (1, 16, 3, 1, 1, False),
+            (1, 16, 4, 1, 1, False), (2, 16, 2, 1, 1, False), (1, 8, 4, 2, 2, False), (1, 12, 4, 1, 2, False),
+            (1, 16, 2, 32, 2, False), (1, 8, 4, 32, 3, False),
         ]  # fmt: skip
         found += [
-            Few(rt=rt, warps=warps, ring=ring, per_sm=per_sm, resident=resident, split=split)
-            for rt, warps, ring, per_sm, resident in one for split in (1, 2)
+            Few(rt=rt, warps=warps, ring=ring, per_sm=per_sm, resident=resident, staged=staged, split=split)
+            for rt, warps, ring, per_sm, resident, staged in one for split in (1, 2)
         ]  # fmt: skip
     if 4 < m <= 16:
-        two = [(1, 16, 2, 1, 1), (1, 16, 3, 1, 2), (2, 16, 2, 1, 1), (2, 12, 3, 1, 1), (2, 8, 3, 1, 2)]
+        two = [(1, 16, 2, 1), (1, 16, 3, 1), (2, 16, 2, 1), (2, 12, 3, 1), (2, 8, 2, 2)]
         found += [
-            Few(rt=rt, warps=warps, ring=ring, per_sm=per_sm, resident=resident, mt=2, split=split)
-            for rt, warps, ring, per_sm, resident in two for split in (1, 2, 4)
+            Few(rt=rt, warps=warps, ring=ring, per_sm=per_sm, resident=per_sm, mt=2, staged=staged, split=split)
+            for rt, warps, ring, per_sm in two for staged in (False, True) for split in (1, 2, 4)
         ]  # fmt: skip
     if m > 8:
         wide = [

@@ -55,7 +55,8 @@ def test_every_kind_of_choice(bits: int) -> None:
         Few(), Few(rt=2, warps=8, split=2), Few(rt=4, warps=4, mt=2, split=4), Few(warps=4, per_sm=32, resident=4),
         Few(mt=2, warps=12, ring=3), Few(mt=4, warps=8, split=8), Many(nt=16, wg=1, stages=6, apart=True),
         Many(nt=64, wg=4, share=1), Many(nt=128, wg=3, stages=2), Many(nt=256, wg=2, stages=2),
-        Many(nt=96, wg=1, share=0), Many(nt=64, wg=2, per_sm=2, stages=2), Few(warps=16, ring=5, resident=2),
+        Many(nt=96, wg=1, share=0), Many(nt=64, wg=2, per_sm=2, stages=2), Few(ring=5, resident=2, staged=True),
+        Few(rt=2, warps=8, mt=2, ring=3, split=2, staged=True),
         Many(nt=64, wg=1, split=2), Many(nt=16, wg=3, split=4, apart=True), Many(nt=128, wg=2, split=3, stages=2),
         Many(nt=48, wg=2, split=2, per_sm=2, stages=2),
     ]  # fmt: skip

@@ -33,7 +33,7 @@ def compiler(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 def test_kernels_compile(name: str, architecture: str) -> None:
     layout = LAYOUTS[name]
-    choices = [{"DENSE": 1}, Few().macros, Few(rt=2, warps=8, mt=2, ring=3).macros]
+    choices = [{"DENSE": 1}, Few().macros, Few(rt=2, warps=8, mt=2, ring=3).macros, Few(staged=True).macros]
     if architecture == "sm_90a":
         many = [Many(nt=16, wg=1, per_sm=2), Many(nt=64, wg=4, share=1), Many(nt=256, stages=3, share=0), Many(split=2)]
         if layout.group and layout.group % 64 == 0:

@@ -15,7 +15,7 @@
 // Macros. BITS; TABLE (codes index a table of levels) or not (levels are consecutive integers); GROUP columns that share
 // a scale, a multiple of 16, or 0; ZERO (a zero point per group) or OFFSET (one for all); HALF (float16 in and out, else
 // bfloat16); RT tiles of 16 rows per warp, WARPS of a thread block, MT tiles of 8 tokens, SPLIT thread blocks of a
-// cluster along columns, RING units of weights on their way to a warp, RESIDENT blocks to leave registers for; for `many`: WG
+// cluster along columns, RING units of weights on their way to a warp, STAGED in shared memory or not, RESIDENT blocks to leave registers for; for `many`: WG
 // warpgroups, NT tokens, STAGES, SHARE (of tiles that are left over: 0 no, 1 an equal number of blocks to each tile, 2
 // equal runs), the LEAST_UNITS of a run, APART (sums of a group), and REGISTERS of a thread that multiplies, or 0 to leave
 // them as the compiler has them.
@@ -142,6 +142,11 @@ DEVICE void read4(u32* to, u32 address) {
 DEVICE u32 read1(u32 address) {
   u32 word;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+  return word;
+}
+DEVICE u32 read_half(u32 address) {
+  u16 word;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(word) : "r"(address) : "memory");
   return word;
 }
 DEVICE void read_tokens(uint4& to, const u16* from) {  // not by way of the L1 cache, which may hold what was there before
@@ -335,32 +340,30 @@ constexpr int FEW_ROWS = 16 * RT, FEW_TOKENS = 8 * MT, FEW_THREADS = 32 * WARPS;
 constexpr float BIAS = HALF ? 1024 : 128;
 constexpr int GRAIN = (GROUP | 128) & -(GROUP | 128);  // the power of two in GROUP, up to 128
 
-// A unit on its way lies in shared memory as its lanes will read it: 16 bytes of words of each lane (4 where there are 3
-// bits), 4 bytes of scales of each lane, 4 of zero points. A lane reads what it has copied, so nobody waits for anybody.
-constexpr int SLOT_SCALES = RT * BLOCKS * WORDS * 128, SLOT_ZEROS = SLOT_SCALES + RT * SCALES * 128;
-constexpr int SLOT_BYTES = SLOT_ZEROS + (ZERO ? RT * SCALES * 128 : 0);
+// A unit that is STAGED lies in shared memory: words as each lane will read them, scales and zero points as in memory.
+constexpr int SLOT_SCALES = RT * UNIT_WORDS * 4, SLOT_ZEROS = SLOT_SCALES + RT * SCALES * 32;
+constexpr int SLOT_BYTES = STAGED ? SLOT_ZEROS + (ZERO ? RT * SCALES * 16 : 0) : 0;
 
 DEVICE void copy_unit(Stream& from, int units, u32 slot) {
   const int lane = lane_id();
 #pragma unroll
   for (int rt = 0; rt < RT; rt++) {
     const u32* words = from.words + (u64)(rt * units) * UNIT_WORDS;
+    const u32 to = slot + rt * UNIT_WORDS * 4;
 #if BITS == 3
 #pragma unroll
-    for (int i = 0; i < BLOCKS * WORDS; i++) copy4(slot + (rt * BLOCKS * WORDS + i) * 128 + 4 * lane, words + 32 * i, true);
+    for (int i = 0; i < BLOCKS * WORDS; i++) copy4(to + 128 * i + 4 * lane, words + 32 * i, true);
 #else
 #pragma unroll
-    for (int i = 0; i < BLOCKS * WORDS; i += 4)
-      copy16_ahead(slot + (rt * BLOCKS * WORDS + i) * 128 + 16 * lane, words + 32 * i);
+    for (int i = 0; i < BLOCKS * WORDS; i += 4) copy16_ahead(to + 128 * i + 16 * lane, words + 32 * i);
 #endif
-#pragma unroll
-    for (int s = 0; s < SCALES; s++) {
-      const u32 to = slot + (rt * SCALES + s) * 128 + 4 * lane;
-      copy4(to + SLOT_SCALES, from.scale + (u64)(rt * units) * SCALES * 8 + 8 * s, true);
+    const u64 first = (u64)(rt * units) * SCALES * 8 - (lane >> 2);  // of this lane's row on
+    for (int i = lane; i < 2 * SCALES; i += 32)
+      copy16(slot + SLOT_SCALES + rt * SCALES * 32 + 16 * i, from.scale + first + 4 * i, true);
 #if ZERO
-      copy4(to + SLOT_ZEROS, (const void*)((u64)(from.zero + (u64)(rt * units) * SCALES * 8 + 8 * s) & ~3ull), true);
+    for (int i = lane; i < SCALES; i += 32)
+      copy16(slot + SLOT_ZEROS + rt * SCALES * 16 + 16 * i, from.zero + first + 8 * i, true);
 #endif
-    }
   }
   from.words += UNIT_WORDS, from.scale += SCALES * 8, from.zero += SCALES * 8;
 }
@@ -371,16 +374,18 @@ DEVICE void read_unit(u32 slot, Unit& to) {
   for (int rt = 0; rt < RT; rt++) {
 #pragma unroll
     for (int i = 0; i < BLOCKS * WORDS; i += BITS == 3 ? 1 : 4) {
-      const u32 at = slot + (rt * BLOCKS * WORDS + i) * 128;
-      if (BITS == 3) to.words[rt][i / WORDS][i % WORDS] = read1(at + 4 * lane);
-      else read4(&to.words[rt][i / WORDS][i % WORDS], at + 16 * lane);
+      const u32 at = slot + rt * UNIT_WORDS * 4 + 128 * i;
+      if (BITS == 3)
+        to.words[rt][i / WORDS][i % WORDS] = read1(at + 4 * lane);
+      else
+        read4(&to.words[rt][i / WORDS][i % WORDS], at + 16 * lane);
     }
 #pragma unroll
     for (int s = 0; s < SCALES; s++) {
-      const u32 at = slot + (rt * SCALES + s) * 128 + 4 * lane;
-      to.scale[rt][s] = read1(at + SLOT_SCALES);
+      const int at = 8 * (rt * SCALES + s) + (lane >> 2);
+      to.scale[rt][s] = read1(slot + SLOT_SCALES + 4 * at);
 #if ZERO
-      to.zero[rt][s] = read1(at + SLOT_ZEROS) >> (lane & 4 ? 16 : 0) & 0xffff;
+      to.zero[rt][s] = read_half(slot + SLOT_ZEROS + 2 * at);
 #endif
     }
   }
@@ -480,8 +485,9 @@ DEVICE void few_unit(const Unit& unit, u32 tokens, u32 token_stride, const float
 // strip + warp, which no other pair has, and at the end the parts of each strip are added in the order of the warps.
 //
 // On a small layer what counts is the time from the end of one product to the end of the next, which must be that of what
-// depends on it: x, the products, the sums. All else is done before: the next product's blocks find room beside this one's
-// (that is why units on their way lie in shared memory, not in registers), and fetch their first weights and wait.
+// depends on it: x, the products, the sums. All else is done before: the next product's blocks find room beside this one's,
+// fetch their first weights and wait. More of them find room in shared memory (STAGED) than in registers; with registers
+// the largest layers are 1 % faster, where all this is little.
 extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
 #if SPLIT > 1
     __cluster_dims__(SPLIT, 1, 1)
@@ -507,10 +513,18 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
     const int row = strip * FEW_ROWS + i;
     copy4(shared_address(factors + i), alpha + (row < n ? row : 0), row < n);
   }
+#if STAGED
   const u32 ring = shared_address(memory) + TABLE_BYTES + warp * RING * SLOT_BYTES;
-  auto copy_next = [&](int slot) {
+#else
+  Unit ring[RING];
+#endif
+  auto fetch_next = [&](int slot) {
     if (ahead++ < last) {
+#if STAGED
       copy_unit(weights, w.units, ring + slot * SLOT_BYTES);
+#else
+      fetch(weights, w.units, ring[slot]);
+#endif
       if ((RT > 1 || SPLIT > 1) && ++ahead_unit == units) {
         ahead_unit = 0;
         weights.words += (long long)skip * UNIT_WORDS, weights.scale += skip * SCALES * 8, weights.zero += skip * SCALES * 8;
@@ -519,7 +533,7 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
     copies_commit();
   };
 #pragma unroll
-  for (int d = 0; d < RING; d++) copy_next(d);
+  for (int d = 0; d < RING; d++) fetch_next(d);
   let_next_start();
   // Unit u of the line is warp (u WARPS + WARPS - 1) / line's: the last whose piece begins at or before it.
   for (int s = threadIdx.x; s < strips; s += FEW_THREADS)
@@ -561,25 +575,32 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
   const u32 tokens = base + (MT > 1 || row < m ? row : m - 1) * pitch + 16 * (lane >> 3);
   Sums total = {};
   int unit = first % units, part = first / units + warp;
-  int slot = 0;
-  for (int at = first; at < last; at++) {
-    copies_wait<RING - 1>();
-    Unit now;
-    read_unit(ring + slot * SLOT_BYTES, now);
-    few_unit(now, tokens + 2 * unit * UNIT, 8 * pitch, token_sums + unit * UNIT / GRAIN * FEW_TOKENS, total);
-    copy_next(slot);
-    if (++slot == RING) slot = 0;
-    if (++unit < units && at + 1 < last) continue;
+  for (int at = first; at < last; at += RING) {
 #pragma unroll
-    for (int rt = 0; rt < RT; rt++)
+    for (int d = 0; d < RING; d++) {
+      if (at + d >= last) break;
+#if STAGED
+      copies_wait<RING - 1>();
+      __syncwarp();  // scales were copied by other lanes
+      Unit now;
+      read_unit(ring + d * SLOT_BYTES, now);
+#else
+      const Unit& now = ring[d];
+#endif
+      few_unit(now, tokens + 2 * unit * UNIT, 8 * pitch, token_sums + unit * UNIT / GRAIN * FEW_TOKENS, total);
+      fetch_next(d);  // the lanes of a warp multiply together, so all have read
+      if (++unit < units && at + d + 1 < last) continue;
 #pragma unroll
-      for (int mt = 0; mt < MT; mt++)
+      for (int rt = 0; rt < RT; rt++)
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-          parts[part * PART + (8 * mt + 2 * c + (i & 1)) * PITCH + 16 * rt + g + 8 * (i >> 1)] = total.of[rt][mt][i];
-    total = {};
-    unit = 0;
-    part++;
+        for (int mt = 0; mt < MT; mt++)
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            parts[part * PART + (8 * mt + 2 * c + (i & 1)) * PITCH + 16 * rt + g + 8 * (i >> 1)] = total.of[rt][mt][i];
+      total = {};
+      unit = 0;
+      part++;
+    }
   }
   copies_wait<0>();
   __syncthreads();
@@ -690,11 +711,6 @@ DEVICE void read_tile(u32 to, const TensorMap* map, int column, int token, u32 b
 DEVICE void read_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
                "r"(bytes), "r"(barrier) : "memory");
-}
-DEVICE u32 read_half(u32 address) {
-  u16 word;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(word) : "r"(address) : "memory");
-  return word;
 }
 DEVICE void read_sums(float* to, const float* from) {  // four that another block has written
   asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
