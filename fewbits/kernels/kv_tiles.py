@@ -1,4 +1,4 @@
-"""Keys and values of one layer in the layout that decode attention reads (triton_attention.py).
+"""Keys and values of one layer in the layout that decode attention reads (decode_attention.py).
 
 TILE tokens of a head lie together, so a tile is one stretch of memory and tokens are appended in place:
 

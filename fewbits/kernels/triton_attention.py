@@ -18,7 +18,8 @@ integers they are, 8-bit times 8-bit, and the scales are applied to what comes o
 
 Keys and values are the left, tall operand (64 rows of wgmma), queries and weights the narrow right one. The tokens are
 split over the multiprocessors; each piece leaves its sum, its largest score and its sum of weights, and a second
-kernel joins the pieces (Flash-Decoding, Dao et al. 2023).
+kernel joins the pieces (Flash-Decoding, Dao et al. 2023). Hopper GPUs have a kernel of their own that computes the same
+in one launch (cuda_attention.py); decode_attention.py chooses.
 
 Layout (`kv_tiles.py` converts from and to the codes of formats/kv.py): tiles of TILE tokens of a head. Keys are
 [.., tile, token, d], values [.., tile, d, token], since an 8-bit operand is read along what is summed. Of 4 bits, a
@@ -373,7 +374,7 @@ def launch(
     q: Tensor, keys: Tensor, key_params: Tensor, values: Tensor, value_params: Tensor, lengths: Tensor, scale: float,
     splits: int = 0, stages: int = 3, warps: int = 4,
 ) -> Tensor:  # fmt: skip
-    """`decode_attention`, with a choice of how the work is divided."""
+    """`decode_attention` (decode_attention.py), with a choice of how the work is divided."""
     batch, heads, tiles, tile, row = keys.shape
     d, ratio = q.shape[2], q.shape[1] // heads
     bits = 8 * row // d
@@ -406,31 +407,3 @@ def launch_sixteen(
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return _join_pieces(q, sums, stats, ratio, splits)
-
-
-@torch.library.custom_op("fewbits::decode_attention", mutates_args=())
-def decode_attention(
-    q: Tensor, keys: Tensor, key_params: Tensor, values: Tensor, value_params: Tensor, lengths: Tensor, scale: float
-) -> Tensor:
-    """q [batch, query heads, width] over the first lengths[b] tokens of a cache in tiles (kv_tiles.py) -> as q.
-
-    lengths: int32 [batch], each from 1 to what the tiles hold; read on the device. Query heads are a multiple of the
-    cache's heads, head h reading keys of head h // ratio.
-    """
-    _check(q, keys, lengths)
-    return launch(q.contiguous(), keys, key_params, values, value_params, lengths, scale)
-
-
-@decode_attention.register_fake
-def _(
-    q: Tensor, keys: Tensor, key_params: Tensor, values: Tensor, value_params: Tensor, lengths: Tensor, scale: float
-) -> Tensor:
-    _check(q, keys, lengths)
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
-
-
-def _check(q: Tensor, keys: Tensor, lengths: Tensor) -> None:
-    torch._check(q.dim() == 3 and keys.dim() == 5, lambda: "q [batch, heads, width], keys in tiles")
-    torch._check(q.shape[0] == keys.shape[0] == lengths.shape[0], lambda: "one batch")
-    torch._check(q.shape[1] % keys.shape[1] == 0, lambda: f"{q.shape[1]} query heads on {keys.shape[1]} heads")
-    torch._check(lengths.dtype == torch.int32, lambda: f"lengths are {lengths.dtype}; int32 is needed")

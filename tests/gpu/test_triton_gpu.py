@@ -23,7 +23,7 @@ FP8 = torch.float8_e4m3fn, 448.0, -448.0, 448.0
 
 @pytest.fixture(autouse=True)
 def operators() -> None:
-    from fewbits.kernels import triton_attention, triton_kv_write, triton_product, triton_quantize  # noqa: F401
+    from fewbits.kernels import decode_attention, triton_kv_write, triton_product, triton_quantize  # noqa: F401
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -117,18 +117,42 @@ def test_fp8_products_equal_the_reference(shape: tuple[int, int], name: str) -> 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
-    ("group", "width", "ratio", "length"),
-    [(128, 128, 4, 4097), (32, 128, 4, 1000), (64, 128, 4, 129), (64, 64, 3, 130), (32, 64, 8, 1), (128, 128, 1, 300)],
-)
-def test_decode_attention(bits: int, group: int, width: int, ratio: int, length: int) -> None:
-    k = torch.randn(2, 2, length, width, device="cuda") * torch.rand(width, device="cuda") * 3
-    kv, q = filled(k, torch.randn_like(k) + 0.5, bits, group), torch.randn(2, 2 * ratio, width, device="cuda")
-    lengths = torch.tensor([length, length // 2 + 1], dtype=torch.int32, device="cuda")
-    held = kv.keys, kv.key_params, kv.values, kv.value_params, lengths, width**-0.5
-    expected = attention(q, kv.dequantize("keys", length), kv.dequantize("values", length), lengths, width**-0.5)
+    ("group", "width", "ratio", "lengths"),
+    [
+        (128, 128, 4, [4097, 2049]), (32, 128, 4, [1000, 501]), (64, 128, 4, [129, 65]), (64, 64, 3, [130, 66]),
+        (32, 64, 8, [1, 1]), (128, 128, 1, [300, 151]), (128, 128, 12, [5000, 1, 700]), (64, 256, 6, [700, 300]),
+    ],
+)  # fmt: skip
+def test_decode_attention(bits: int, group: int, width: int, ratio: int, lengths: list[int]) -> None:
+    """As the dispatcher has it, and by Triton where that is not what it takes."""
+    from fewbits.kernels import triton_attention
+
+    batch, length = len(lengths), max(lengths)
+    k = torch.randn(batch, 2, length, width, device="cuda") * torch.rand(width, device="cuda") * 3
+    kv, q = filled(k, torch.randn_like(k) + 0.5, bits, group), torch.randn(batch, 2 * ratio, width, device="cuda")
+    counts = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    held = kv.keys, kv.key_params, kv.values, kv.value_params, counts, width**-0.5
+    expected = attention(q, kv.dequantize("keys", length), kv.dequantize("values", length), counts, width**-0.5)
     y = torch.ops.fewbits.decode_attention(q, *held)
     assert error(y, expected) < 5e-4
+    assert torch.equal(torch.ops.fewbits.decode_attention(q, *held), y)
     assert error(torch.ops.fewbits.decode_attention(q.bfloat16(), *held), y) < 5e-3
+    assert error(triton_attention.launch(q, *held), expected) < 5e-4
+
+
+@pytest.mark.parametrize("teams", [2, 4])
+@pytest.mark.parametrize("blocks", [1, 5, 132])
+def test_decode_attention_however_the_work_is_shared(blocks: int, teams: int) -> None:
+    """Blocks that take many heads, that begin in one and end in another, and that share one."""
+    from fewbits.kernels import cuda_attention
+
+    k, lengths = torch.randn(3, 2, 6000, 128, device="cuda"), torch.tensor([6000, 1, 1500], dtype=torch.int32).cuda()
+    kv, q = filled(k, torch.randn_like(k), 4, 128), torch.randn(3, 8, 128, device="cuda")
+    held = kv.keys, kv.key_params, kv.values, kv.value_params
+    if (reason := cuda_attention.refusal(q, *held)) is not None:
+        pytest.skip(reason)
+    expected = attention(q, kv.dequantize("keys", 6000), kv.dequantize("values", 6000), lengths, 0.09)
+    assert error(cuda_attention.launch(q, *held, lengths, 0.09, blocks, teams), expected) < 5e-4
 
 
 def test_operators_are_well_made_and_run_in_graphs_and_compiled() -> None:

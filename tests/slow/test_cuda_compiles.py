@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from fewbits.kernels import fragments, nvrtc
+from fewbits.kernels import cuda_attention, fragments, nvrtc
 from fewbits.kernels.fragments import Few, Layout, Many
 
 LAYOUTS = {
@@ -42,3 +43,15 @@ def test_kernels_compile(name: str, architecture: str) -> None:
     for macros in choices:
         source = fragments.source(layout, tuple(macros.items()))
         assert nvrtc.compiled(source, (f"--gpu-architecture={architecture}", "--std=c++17")).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("width", "groups", "ratio", "dtype"),
+    [(128, 1, 4, torch.bfloat16), (128, 4, 8, torch.float16), (64, 2, 3, torch.float32), (256, 4, 12, torch.bfloat16)],
+)
+def test_attention_compiles(bits: int, width: int, groups: int, ratio: int, dtype: torch.dtype) -> None:
+    config = cuda_attention.Config(bits=bits, width=width, groups=groups, ratio=ratio, dtype=dtype)
+    assert config.stages >= config.crew and config.stages % config.crew == 0
+    source = cuda_attention.source(config)
+    assert nvrtc.compiled(source, ("--gpu-architecture=sm_90a", "--std=c++17")).startswith(b"\x7fELF")

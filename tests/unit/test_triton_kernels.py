@@ -13,7 +13,7 @@ if torch.cuda.is_available():
     pytest.skip("there is a GPU: tests/gpu runs the compiled kernels", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton", reason="triton is not installed (on a CPU it is optional: pip install triton)")
-if np.lib.NumpyVersion(np.__version__) >= "2.5.0":  # an array of one number is no index any more
+if np.lib.NumpyVersion(np.__version__) >= "2.4.0":  # an array of one number is no index any more
     pytest.skip(f"Triton's interpreter does not run with numpy {np.__version__}", allow_module_level=True)
 
 from fewbits.formats import parse_format
