@@ -84,8 +84,8 @@ class Layout:
 @dataclass(frozen=True, kw_only=True)
 class Few:
     """`few`: rt tiles of 16 rows a strip, warps of a block, mt tiles of 8 tokens, split blocks of a cluster along the
-    columns, ring units of weights on their way to each warp (staged in shared memory, else in registers), per_sm blocks a
-    multiprocessor, registers for `resident`.
+    columns, ring units of weights on their way to each warp (staged in shared memory, else in registers), per_sm blocks
+    a multiprocessor, registers for `resident`.
 
     With more resident than per_sm the blocks of the next product stand ready, with their first weights, while this one
     runs.
