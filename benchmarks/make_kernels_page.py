@@ -1,7 +1,7 @@
 """Writes what `fewbits bench kernels` measured into docs/kernels.md and draws docs/images/kernels.svg.
 
-Reads the newest "kernels" and "kernel formats" records under benchmarks/results. A record comes from the machine with
-the GPU, by `fewbits bench kernels --out FILE`, and is added by
+Reads the newest "kernels" and "kernel formats" records under benchmarks/results, and of bench_gpu_w8a8_kv.py the newest
+with attention. A record comes from the machine with the GPU, by `fewbits bench kernels --out FILE`, and is added by
 
     python benchmarks/make_kernels_page.py [--add "kernels" FILE --measured COMMIT]
 """
@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from recorded import ROOT, latest, save, source_line, write_between
+from recorded import ROOT, every, latest, save, source_line, write_between
 
 from fewbits.report.kernel_speed import accuracy_table, draw, table
 
@@ -30,6 +30,36 @@ def add(name: str, file: Path, measured: str) -> None:
     record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     record["environment"]["device"] = "-".join(record["device"].lower().split())
     save(name, record, measured)
+
+
+def newest_attention() -> tuple[Path, dict[str, Any]] | None:
+    return next((found for found in every("gpu_w8a8_kv") if "kv" in found[1]), None)
+
+
+def attention(path: Path, record: dict[str, Any]) -> str:
+    """The table of decode attention, as benchmarks/bench_gpu_w8a8_kv.py measured it."""
+    kv = record["kv"]
+    columns = [
+        "batch",
+        "keys and values",
+        "bits a number",
+        "microseconds",
+        "speed, cuDNN bf16 = 1",
+        "ours bf16 = 1",
+        "SQNR, dB",
+    ]
+    rows = []
+    for batch in (name for name in kv if name.startswith("batch")):
+        sixteen = {name: us for name, us in kv[batch]["bf16"]["us"].items() if us}
+        cudnn, own = sixteen["sdpa cudnn"], min(us for name, us in sixteen.items() if not name.startswith("sdpa"))
+        times = {"bf16, cuDNN": cudnn, "bf16, flash": sixteen["sdpa flash"], "bf16, ours": own}
+        times |= {name: row["us"]["default"] for name, row in kv[batch].items() if name != "bf16"}
+        for name, us in times.items():
+            bits = kv[batch][name]["bits_per_number"] if name in kv[batch] else 16
+            noise = f"{kv['sqnr_db'][name]:.0f}" if name in kv["sqnr_db"] else ""
+            rows.append([batch[6:], name, f"{bits:g}", f"{us:.1f}", f"{cudnn / us:.2f}", f"{own / us:.2f}", noise])
+    shape = f"{kv['tokens']} tokens, {kv['heads']} heads of {kv['width']}, read by {kv['query_heads']} query heads"
+    return f"{shape}. {source_line(path)[:-1]}, by `{record['environment']['command']}`.\n\n{markdown(columns, rows)}"
 
 
 def main() -> None:
@@ -55,6 +85,8 @@ def main() -> None:
             draw(record, FIGURE)
             if given.add is None:
                 FIGURE.with_suffix(".png").unlink()
+    if (found := newest_attention()) is not None:
+        contents["attention"] = attention(*found)
     if contents:
         write_between(PAGE, **contents)
 
