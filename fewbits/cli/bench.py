@@ -30,17 +30,24 @@ def _tune(formats: list[str], shapes: dict[str, tuple[int, int]], tokens: list[i
     import torch
 
     from fewbits.core.record import environment, write_json
-    from fewbits.formats import parse_format
-    from fewbits.kernels import nvrtc, tuned
+    from fewbits.formats.scheme import parse_scheme
+    from fewbits.kernels import LinearSpec, nvrtc, tuned
     from fewbits.kernels.base import No
-    from fewbits.kernels.cuda_fragments import layout_of
+    from fewbits.kernels.cuda_fragments import layout_for
     from fewbits.kernels.tuning import tune
 
     device = torch.device("cuda", torch.cuda.current_device())
     cases: list[dict[str, Any]] = []
     for name in formats:
-        columns = max(k for _, k in shapes.values())
-        if isinstance(layout := layout_of(parse_format(name), columns, False), No):
+        scheme, columns = parse_scheme(name), max(k for _, k in shapes.values())
+        spec = LinearSpec(
+            format=scheme.weights,
+            shape=(1, columns),
+            device=device,
+            dtype=torch.bfloat16,
+            activations=scheme.activations,
+        )
+        if isinstance(layout := layout_for(spec), No):
             raise Unsupported(f"{name} is not for these kernels: {layout.reason}")
         cases += tune(layout, list(shapes.values()), tokens, device, message)
     path = nvrtc.folder() / "tuned" / tuned.file_name(torch.cuda.get_device_name(device))
@@ -55,7 +62,9 @@ def _tune(formats: list[str], shapes: dict[str, tuple[int, int]], tokens: list[i
 @app.command("kernels")
 @guarded()
 def kernels(
-    format: Annotated[list[str] | None, typer.Option(help="Formats of ours to time; repeat for several.")] = None,
+    format: Annotated[
+        list[str] | None, typer.Option(help="FORMAT of ours, or FORMAT/INPUTS; repeat for several.")
+    ] = None,
     shape: Annotated[list[str] | None, typer.Option(help="OUTxIN; repeat for several. Default: 8B and 70B.")] = None,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, by commas.")] = "1,4,16,64,256,4096",
     tune: Annotated[bool, typer.Option("--tune", help="First search for the fastest choices, and keep them.")] = False,

@@ -25,6 +25,11 @@ into the result: bfloat16 and float16 scales keep all their digits, and float32 
 
 Sums within a group and over groups are float32 in `few`, and in `many` where `apart` is chosen; else it multiplies a
 weight by its scale in 16 bits beforehand. Levels of tables are rounded to 16 bits in both.
+
+Tokens that are rounded to E4M3 meet 4-bit integers in the FP8 tensor cores, which are twice as fast: 0000xxxx is the
+E4M3 number x * 2**-9, for all x, so the same words take three instructions for eight weights. Sums of at most 128
+columns are float32 from there on, for those tensor cores add with some 14 bits. Zero points are taken off at the end,
+by a product of 16 bits with the sums of the tokens (e4m3_tokens.py).
 """
 
 from __future__ import annotations
@@ -40,6 +45,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fewbits.kernels import nvrtc
+from fewbits.kernels.e4m3_tokens import Rounded
 
 ROWS = 64  # rows are padded to the most that a warp takes
 _BLOCK_COLUMNS = 128  # whole blocks of words for every width; two turns of `many`
@@ -53,7 +59,7 @@ class Layout:
 
     bits: of a code.  table: whether codes index a table.  group: columns that share a scale, 0 where a row has one.
     zero: whether groups have zero points; else `offset` is the code of level 0.  half: float16 in and out, else
-    bfloat16.
+    bfloat16.  e4m3: tokens are rounded to E4M3 (e4m3_tokens.py), for codes of 4 bits and groups of a multiple of 32.
     """
 
     bits: int
@@ -62,6 +68,7 @@ class Layout:
     zero: bool
     offset: int
     half: bool
+    e4m3: bool = False
 
     @property
     def unit(self) -> int:
@@ -74,10 +81,16 @@ class Layout:
         return 0 if self.table or self.bits == 8 else math.gcd(_BLOCK_COLUMNS, self.group)
 
     @property
+    def part(self) -> int:
+        """Columns whose sums are kept apart with E4M3 tokens: the most up to 128 that make up a group."""
+        return next(columns for columns in (128, 96, 64, 32) if (self.group or self.unit) % columns == 0)
+
+    @property
     def macros(self) -> dict[str, int]:
-        return {
+        part = {"PART": self.part} if self.e4m3 else {}
+        return part | {
             "BITS": self.bits, "TABLE": int(self.table), "GROUP": self.group, "UNIT": self.unit, "ZERO": int(self.zero),
-            "OFFSET": self.offset, "HALF": int(self.half),
+            "OFFSET": self.offset, "HALF": int(self.half), "E4M3": int(self.e4m3),
         }  # fmt: skip
 
 
@@ -176,9 +189,10 @@ class Many:
     @property
     def registers(self) -> int:
         """Of a thread that multiplies, where those of the warps that only wait are handed over; else 0."""
-        if self.nt * self.wg < 256:
+        each = 65536 // self.per_sm // (128 * (self.wg + 1))
+        if self.nt * self.wg < 256 and not (self.apart and self.nt + 68 > each):
             return 0
-        each = 65536 // (128 * (self.wg + 1)) // 8 * 8
+        each = each // 8 * 8
         return min(240, (each * (self.wg + 1) - 40) // self.wg // 8 * 8)
 
     @property
@@ -187,8 +201,10 @@ class Many:
 
     def shared(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
         groups = layout.unit // layout.group if layout.group else 0
-        weights = self.rows * layout.unit * layout.bits // 8 + self.rows * groups * (3 if layout.zero else 2)
-        stage = self.nt * 2 * layout.unit + weights
+        weights = self.rows * layout.unit * layout.bits // 8 + self.rows * groups * (
+            3 if layout.zero and not layout.e4m3 else 2
+        )
+        stage = self.nt * (1 if layout.e4m3 else 2) * layout.unit + weights
         turned = 32 * self.rows * (1 if self.nt // 16 % 2 else 2)
         exchanged = 4 * self.rows * self.nt if self.split > 1 else 0
         return 1024 + _table_bytes(layout) + max(self.stages * stage, exchanged) + turned
@@ -357,17 +373,27 @@ def _text() -> str:
     return (files("fewbits.kernels") / "cuda" / "fragments.cu").read_text(encoding="utf-8")
 
 
-def _wgmma(nt: int, half: bool) -> str:
-    """The function `wgmma` for nt tokens: an asm statement needs its operands spelled out."""
-    count, dtype = nt // 2, "f16" if half else "bf16"
+def _wgmma(name: str, nt: int, kinds: str, sign: str = "1, 1, 0") -> str:
+    """A function of wgmma for nt tokens: an asm statement needs its operands spelled out."""
+    count = nt // 2
     acc = ",".join(f"%{i}" for i in range(count))
     a = ",".join(f"%{count + i}" for i in range(4))
     operands = ",".join(f'"+f"(d[{i}])' for i in range(count))
-    return f"""DEVICE void wgmma(float* d, const u32* a, u32 tokens, u32 add) {{
+    return f"""DEVICE void {name}(float* d, const u32* a, u32 tokens, u32 add) {{
   asm volatile("{{.reg .pred p; .reg .b64 t; mov.b64 t, {{%{count + 4}, %{count + 6}}}; setp.ne.b32 p, %{count + 5}, 0;"
-    "wgmma.mma_async.sync.aligned.m64n{nt}k16.f32.{dtype}.{dtype} {{{acc}}}, {{{a}}}, t, p, 1, 1, 0;}}"
+    "wgmma.mma_async.sync.aligned.m64n{nt}{kinds} {{{acc}}}, {{{a}}}, t, p, {sign};}}"
     : {operands} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(tokens), "r"(add), "n"(0x40000040));
-}}"""
+}}
+"""
+
+
+def _products(nt: int, layout: Layout) -> str:
+    """What `many` multiplies with: tokens in 16 bits, or E4M3 ones and the sums of their parts."""
+    if layout.e4m3:
+        minus = _wgmma("wgmma_minus", nt, "k16.f32.f16.f16", "-1, 1, 0")
+        return _wgmma("wgmma", nt, "k32.f32.e4m3.e4m3", "1, 1") + minus
+    dtype = "f16" if layout.half else "bf16"
+    return _wgmma("wgmma", nt, f"k16.f32.{dtype}.{dtype}")
 
 
 _DEFAULTS = {
@@ -381,7 +407,7 @@ def source(layout: Layout, macros: tuple[tuple[str, int], ...]) -> str:
     """fragments.cu for one layout and one choice of the rest."""
     defined = {**_DEFAULTS, **layout.macros, **dict(macros)}
     lines = "".join(f"#define {name} {value}\n" for name, value in defined.items())
-    return lines + _text().replace("@WGMMA@", _wgmma(defined["NT"], layout.half) if "MANY" in defined else "")
+    return lines + _text().replace("@WGMMA@", _products(defined["NT"], layout) if "MANY" in defined else "")
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -405,10 +431,28 @@ class Packed:
         return _Weight(words, scale, zero, self.words.shape[1], self.words.shape[0])
 
 
-def multiply(x: Tensor, weight: Packed, layout: Layout, config: Config) -> Tensor:
-    """x [M, k] of the layout's dtype, contiguous -> [M, n] by `few` or `many`."""
+def _e4m3_arguments(x: Rounded, weight: Packed, layout: Layout, config: Many) -> tuple[nvrtc.Argument, ...]:
+    """What `many` takes besides with E4M3 tokens: their sums, a block's words of 128 columns and its scales of a unit,
+    each at once, and the tokens' scales."""
+    tiles, rows = weight.words.shape[0], config.rows // 16
+    words = weight.words.view(tiles, -1).view(torch.int64)
+    groups = layout.unit // layout.group if layout.group else 1
+    scales = (weight.scale if layout.group else weight.words).view(tiles, -1).view(torch.int32)
+    return (
+        nvrtc.tensor_map(x.sums, (config.nt, 64)),
+        nvrtc.tensor_map(words, (rows, 32 * layout.bits), swizzled=False),
+        nvrtc.tensor_map(scales, (rows, 8 * groups), swizzled=False),
+        _pointer(x.scale),
+    )
+
+
+def multiply(x: Tensor | Rounded, weight: Packed, layout: Layout, config: Config) -> Tensor:
+    """x [M, k] of the layout's dtype, contiguous, or rounded to E4M3 -> [M, n] of that dtype, by `few` or `many`."""
+    rounded = x if isinstance(x, Rounded) else None
+    if isinstance(x, Rounded):
+        x = x.levels
     m, n, k = x.shape[0], weight.n, weight.k
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    y = torch.empty(m, n, dtype=torch.float16 if layout.half else torch.bfloat16, device=x.device)
     run = nvrtc.kernel(source(layout, tuple(config.macros.items())), config.name, x.device.index)
     sms = run.multiprocessors
     sizes = ctypes.c_int(m), ctypes.c_int(n)
@@ -419,8 +463,10 @@ def multiply(x: Tensor, weight: Packed, layout: Layout, config: Config) -> Tenso
         sums = config.workspace(layout, n, k, m, sms)
         shared = torch.empty(sums, dtype=torch.float32, device=x.device) if sums else None
         counts = ctypes.c_void_p(nvrtc.counters(x.device.index) if sums else 0)
-        tokens = nvrtc.tensor_map(x, (config.nt, 64))
-        arguments = (*held, tokens, _pointer(y), _pointer(shared), counts, *sizes)
+        tokens: tuple[nvrtc.Argument, ...] = (nvrtc.tensor_map(x, (config.nt, 128 // x.element_size())),)
+        if rounded is not None:
+            tokens += _e4m3_arguments(rounded, weight, layout, config)
+        arguments = (*held, *tokens, _pointer(y), _pointer(shared), counts, *sizes)
     run.launch((config.grid(layout, n, k, m, sms), 1), config.threads, config.shared(layout, n, k, m, sms), arguments)
     return y
 
@@ -446,10 +492,12 @@ def product(x: Tensor, weight: Packed, layout: Layout, config: Config | None) ->
 
 def fits(config: Config, layout: Layout, n: int, k: int, m: int, sms: int, limit: int = SHARED_LIMIT) -> bool:
     """Whether the configuration takes m tokens, and its blocks no more than `limit` bytes of shared memory."""
-    if config.split > -(-k // layout.unit) or (isinstance(config, Few) and m > config.tokens):
+    if config.split > -(-k // layout.unit) or (isinstance(config, Few) and (layout.e4m3 or m > config.tokens)):
         return False
     if isinstance(config, Many):
-        if config.apart and (not layout.group or layout.group % 64):
+        if layout.e4m3 and not config.apart:
+            return False
+        if config.apart and not layout.e4m3 and (not layout.group or layout.group % 64):
             return False
         blocks = config.grid(layout, n, k, m, sms)
         if config.split > 1 and blocks > config.per_sm * sms:

@@ -25,7 +25,7 @@ from fewbits.core.errors import Unsupported
 from fewbits.core.record import atomic_path
 
 COUNTERS = 1024  # that a kernel can have: one a block
-Argument = ctypes.c_void_p | ctypes.c_int | ctypes.Structure
+Argument = ctypes.c_void_p | ctypes.c_int | ctypes.c_longlong | ctypes.Structure
 
 
 def available() -> str | None:
@@ -134,24 +134,30 @@ class TensorMap(ctypes.Structure):
     _fields_ = [("bytes", ctypes.c_uint8 * 128)]
 
 
-def tensor_map(x: Tensor, box: tuple[int, int]) -> TensorMap:
-    """x [rows, columns] of 16-bit floats, contiguous, rows of a multiple of 16 bytes, read in boxes of (rows, columns)
-    with a 128-byte swizzle; zeros beyond its edges."""
+def tensor_map(x: Tensor, box: tuple[int, int], swizzled: bool = True) -> TensorMap:
+    """x [rows, columns] of 16-bit floats or bytes, contiguous, rows of a multiple of 16 bytes, read in boxes of (rows,
+    columns) with a 128-byte swizzle; zeros beyond its edges."""
     from cuda.bindings import driver
 
     kinds = driver.CUtensorMapDataType
-    half = x.dtype == torch.float16
+    kind = {
+        torch.float16: "FLOAT16",
+        torch.bfloat16: "BFLOAT16",
+        torch.uint8: "UINT8",
+        torch.int32: "INT32",
+        torch.int64: "INT64",
+    }[x.dtype]
     made = _check(
         driver.cuTensorMapEncodeTiled(
-            kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if half else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            getattr(kinds, f"CU_TENSOR_MAP_DATA_TYPE_{kind}"),
             2,
             x.data_ptr(),
             [driver.cuuint64_t(x.shape[1]), driver.cuuint64_t(x.shape[0])],
-            [driver.cuuint64_t(2 * x.shape[1])],
+            [driver.cuuint64_t(x.element_size() * x.shape[1])],
             [driver.cuuint32_t(box[1]), driver.cuuint32_t(box[0])],
             [driver.cuuint32_t(1), driver.cuuint32_t(1)],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{'128B' if swizzled else 'NONE'}"),
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )

@@ -7,6 +7,8 @@ A file of measured choices, `tuned/<device>.json` beside this one, or in the cac
      "cases": [{"bits": 4, "table": false, "group": 128, "n": 4096, "k": 4096, "m": 16,
                 "kernel": "few", "choices": {...}}]}
 
+A case of a product with inputs rounded to E4M3 says `"e4m3": true` besides, and is asked for those alone.
+
 `version` is that of the choices; files of another are left alone. `kernel` is few, many or dense. A product takes the
 case of the same bits and kind of codes (else of any) whose N, K and number of tokens are nearest, on a scale of
 logarithms, among those that fit it. No file for the device: one of the same major capability; none at all: rules of
@@ -41,6 +43,7 @@ class Case:
     k: int
     m: int
     config: Config | None
+    e4m3: bool = False
 
 
 def file_name(device: str) -> str:
@@ -50,7 +53,7 @@ def file_name(device: str) -> str:
 def _case(row: dict[str, Any]) -> Case:
     kind = KERNELS.get(row["kernel"])
     shape = {name: row[name] for name in ("bits", "table", "group", "n", "k", "m")}
-    return Case(**shape, config=None if kind is None else kind(**row["choices"]))
+    return Case(**shape, e4m3=row.get("e4m3", False), config=None if kind is None else kind(**row["choices"]))
 
 
 @lru_cache(maxsize=8)
@@ -79,7 +82,8 @@ def choice(
     device: str, capability: int, layout: Layout, n: int, k: int, m: int, sms: int, limit: int = SHARED_LIMIT
 ) -> Config | None:
     """The kernel for x [m, k] times a weight [n, k]; None: decode the weight once for a dense product."""
-    nearest = sorted(cases(device, capability), key=lambda case: _distance(case, layout, n, k, m))
+    same = [case for case in cases(device, capability) if case.e4m3 == layout.e4m3]
+    nearest = sorted(same, key=lambda case: _distance(case, layout, n, k, m))
     for case in nearest:
         if case.config is None:
             return None
@@ -93,6 +97,10 @@ def choice(
 
 def rule(capability: int, layout: Layout, n: int, k: int, m: int, sms: int, limit: int = SHARED_LIMIT) -> Config | None:
     """A choice without measurements."""
+    if layout.e4m3:
+        nt = next(size for size in (16, 32, 64, 128) if m <= size or size == 128)
+        tries = [Many(nt=tokens, stages=stages, share=1, apart=True) for tokens in (nt, 16) for stages in (6, 4, 3, 2)]
+        return next((config for config in tries if fits(config, layout, n, k, m, sms, limit)), None)
     for config in (Few(), Few(mt=2), Few(mt=2, warps=8), Few(mt=2, split=2), Few(mt=2, split=4)):
         if (capability >= 9 or config.split == 1) and m <= 16 and fits(config, layout, n, k, m, sms, limit):
             return config

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fewbits.kernels import fragments, nvrtc
+from fewbits.kernels.e4m3_tokens import round_tokens
 from fewbits.kernels.fragments import Config, Few, Layout, Many, fits
 from fewbits.kernels.timing import Call, copies, microseconds
 
@@ -25,8 +26,10 @@ DENSE_FROM = 256  # tokens
 FINALISTS = 6
 
 
-def candidates(m: int) -> list[Config]:
+def candidates(m: int, e4m3: bool = False) -> list[Config]:
     """What is tried for m tokens."""
+    if e4m3:
+        return _e4m3_candidates(m)
     found: list[Config] = []
     if m <= 8:
         one = [
@@ -67,6 +70,20 @@ def candidates(m: int) -> list[Config]:
             if m / 8 <= nt < max(2 * m, 32) or (m > 2048 and nt >= 128)
         ]  # fmt: skip
     return found
+
+
+def _e4m3_candidates(m: int) -> list[Config]:
+    wide = [
+        (16, 1, 8, 2), (16, 2, 8, 1), (16, 3, 8, 1), (16, 4, 6, 1), (32, 1, 8, 2), (32, 2, 8, 1), (32, 3, 8, 1),
+        (64, 1, 8, 2), (64, 2, 8, 1), (64, 2, 5, 1), (64, 3, 8, 1), (96, 2, 8, 1), (128, 1, 5, 2), (128, 1, 8, 1),
+        (128, 2, 8, 1), (128, 2, 5, 1), (160, 2, 6, 1),
+    ]  # fmt: skip
+    ways = [(share, 1) for share in (0, 1, 2)] + [(0, 2), (0, 4)]
+    return [
+        Many(nt=nt, wg=wg, stages=stages, per_sm=per_sm, share=share, split=split, apart=True)
+        for nt, wg, stages, per_sm in wide for share, split in ways
+        if m / 8 <= nt < max(2 * m, 32) or (m > 768 and nt >= 128)
+    ]  # fmt: skip
 
 
 def random_weight(layout: Layout, n: int, k: int, device: torch.device) -> fragments.Packed:
@@ -119,7 +136,7 @@ def tune(
     index = device.index or 0
     sms = torch.cuda.get_device_properties(index).multi_processor_count
     hopper = torch.cuda.get_device_capability(index)[0] >= 9
-    tried = {config for m in tokens for config in candidates(m)}
+    tried = {config for m in tokens for config in candidates(m, layout.e4m3)}
     usable = {config for config in tried if hopper or (isinstance(config, Few) and config.split == 1)}
     say(f"compiling {len(usable)} kernels for {layout.bits} bits")
     compile_all(layout, sorted(usable, key=str), index)
@@ -128,14 +145,18 @@ def tune(
         size = weight_bytes(random_weight(layout, n, k, device))
         weights = [random_weight(layout, n, k, device) for _ in range(copies(size))]
         for m in tokens:
-            x = torch.randn(m, k, device=device, dtype=torch.float16 if layout.half else torch.bfloat16)
+            plain = torch.randn(m, k, device=device, dtype=torch.float16 if layout.half else torch.bfloat16)
+            x = round_tokens(plain, layout.part) if layout.e4m3 else plain
             configs: list[Config | None] = [
-                config for config in candidates(m) if config in usable and fits(config, layout, n, k, m, sms)
+                config
+                for config in candidates(m, layout.e4m3)
+                if config in usable and fits(config, layout, n, k, m, sms)
             ]
-            if m >= DENSE_FROM or not configs:
+            if not layout.e4m3 and (m >= DENSE_FROM or not configs):
                 configs.append(None)
             some = weights if m <= DENSE_FROM else weights[:4]
-            calls = [[partial(fragments.product, x, weight, layout, config) for weight in some] for config in configs]
+            product = fragments.multiply if layout.e4m3 else fragments.product
+            calls = [[partial(product, x, weight, layout, config) for weight in some] for config in configs]
             best, taken = _fastest(calls)
             chosen = configs[best]
             say(f"{n} x {k}, {m} tokens: {taken:.1f} us, {'dense' if chosen is None else chosen}")
@@ -145,6 +166,7 @@ def tune(
                     "kernel": "dense" if chosen is None else chosen.name,
                     "choices": {} if chosen is None else asdict(chosen), "microseconds": round(taken, 2),
                 }
+                | ({"e4m3": True} if layout.e4m3 else {})
             )  # fmt: skip
         del weights
     return cases

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewbits.kernels import cuda_attention, fragments, nvrtc
+from fewbits.kernels import cuda_attention, e4m3_tokens, fragments, nvrtc
 from fewbits.kernels.fragments import Few, Layout, Many
 
 LAYOUTS = {
@@ -55,3 +55,15 @@ def test_attention_compiles(bits: int, width: int, groups: int, ratio: int, dtyp
     assert config.stages >= config.crew and config.stages % config.crew == 0
     source = cuda_attention.source(config)
     assert nvrtc.compiled(source, ("--gpu-architecture=sm_90a", "--std=c++17")).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize(("group", "zero"), [(128, False), (96, True), (0, False)])
+def test_kernels_with_e4m3_tokens_compile(group: int, zero: bool) -> None:
+    layout = Layout(bits=4, table=False, group=group, zero=zero, offset=0 if zero else 8, half=zero, e4m3=True)
+    options = "--gpu-architecture=sm_90a", "--std=c++17"
+    for config in (Many(nt=16, wg=1, apart=True), Many(nt=128, apart=True), Many(nt=64, wg=3, split=4, apart=True)):
+        source = fragments.source(layout, tuple(config.macros.items()))
+        assert nvrtc.compiled(source, options).startswith(b"\x7fELF")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for columns in (100, 14336):
+            assert nvrtc.compiled(e4m3_tokens.source(dtype, columns, layout.part), options).startswith(b"\x7fELF")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -88,6 +89,13 @@ def test_choices_come_from_the_nearest_measured_product(tmp_path, monkeypatch) -
     assert tuned.choice("Some GPU 9", 9, layout(3), *shape, 2, 132) == Few(warps=8)
     assert tuned.choice("Some GPU 9", 9, layout(4), *shape, 48, 132) == Many(nt=64, stages=3)
     assert tuned.choice("Some GPU 9", 9, layout(4), *shape, 10000, 132) is None
+    rounded = dataclasses.replace(layout(4), e4m3=True)  # cases of inputs in 16 bits say nothing of E4M3 ones
+    assert tuned.choice("Some GPU 9", 9, rounded, *shape, 1, 132) == Many(nt=16, stages=6, share=1, apart=True)
+    case = {**near, "e4m3": True, "m": 64, "kernel": "many", "choices": {"nt": 64, "wg": 3, "apart": True}}
+    path.write_text(json.dumps({**record, "cases": [*record["cases"], case]}))
+    tuned.cases.cache_clear()
+    assert tuned.choice("Some GPU 9", 9, rounded, *shape, 1, 132) == Many(nt=64, wg=3, apart=True)
+    assert tuned.choice("Some GPU 9", 9, layout(4), *shape, 48, 132) == Many(nt=64, stages=3)
     tuned.cases.cache_clear()
 
 
@@ -108,6 +116,10 @@ def test_without_measurements_rules_of_thumb_fit(capability: int) -> None:
                 assert m > 256 or (capability < 9 and (m > 8 or k > 8192))
                 continue
             assert fits(config, layout(4), n, k, m, 108)
+            for group in (32, 96, 128, 256):
+                rounded = dataclasses.replace(layout(4), group=group, e4m3=True)
+                found = tuned.rule(9, rounded, n, k, m, 108)
+                assert isinstance(found, Many) and fits(found, rounded, n, k, m, 108)
             assert capability >= 9 or (isinstance(config, Few) and config.split == 1)
 
 

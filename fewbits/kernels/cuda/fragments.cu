@@ -18,7 +18,7 @@
 // cluster along columns, RING units of weights on their way to a warp, STAGED in shared memory or not, RESIDENT blocks to leave registers for; for `many`: WG
 // warpgroups, NT tokens, STAGES, SHARE (of tiles that are left over: 0 no, 1 an equal number of blocks to each tile, 2
 // equal runs), the LEAST_UNITS of a run, APART (sums of a group), and REGISTERS of a thread that multiplies, or 0 to leave
-// them as the compiler has them.
+// them as the compiler has them; E4M3 (tokens are rounded to it: codes of 4 bits only).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -660,10 +660,11 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
 // Sums of a group can be kept apart and added to the others times its scale, as in `few`. That takes two sets of sums, and
 // the tensor cores wait at the end of each group; else a weight is multiplied by its scale in 16 bits before the product.
 
-constexpr int MANY_ROWS = 64 * WG, STEPS_OF_64 = 4, TURNS = UNIT / 64;  // even
-constexpr int TOKENS_OF_64 = NT * 128, TOKENS_BYTES = TURNS * TOKENS_OF_64;  // of a stage
+constexpr int MANY_ROWS = 64 * WG, STEPS_OF_64 = 4;
+constexpr int WIDE = E4M3 ? 128 : 64, TURNS = UNIT / WIDE;  // columns of a token in 128 bytes; even with 64
+constexpr int TOKENS_OF_64 = NT * 128, TOKENS_BYTES = TURNS * TOKENS_OF_64;  // of so many columns, and of a stage
 // Weights of a stage: words of each tile, scales of each, zero points of each.
-constexpr int WORD_BYTES = 4 * UNIT_WORDS, SCALE_BYTES = 32 * SCALES, ZERO_BYTES = ZERO ? 16 * SCALES : 0;
+constexpr int WORD_BYTES = 4 * UNIT_WORDS, SCALE_BYTES = 32 * SCALES, ZERO_BYTES = ZERO && !E4M3 ? 16 * SCALES : 0;
 constexpr int SCALES_AT = 4 * WG * WORD_BYTES, ZEROS_AT = SCALES_AT + 4 * WG * SCALE_BYTES;
 constexpr int WEIGHTS_BYTES = ZEROS_AT + 4 * WG * ZERO_BYTES;
 // Sums of a tile come in pieces of 16 rows x 16 tokens, 8 to a lane; a warp has PIECES of them.
@@ -671,6 +672,26 @@ constexpr int PIECES = NT / 16, TURNED = PIECES % 2 ? 1 : 2, TILE_SUMS = MANY_RO
 constexpr int TOKEN_GROUP = 4;  // blocks of tokens that go through all rows together
 constexpr int MANY_THREADS = 128 * WG + 128;
 constexpr int COPIERS = 3;  // warps that copy weights; one more copies tokens
+
+
+// E4M3 tokens. The 4 bits of a code with zeros before them are an E4M3 number, code * 2^-9 for all of 0 .. 15 (its subnormals
+// and the first binade beyond): two masks and a shift of a word make half of the left operand of m64nNk32, rows g and g + 8.
+// Their bytes then are columns 2 c, 2 c + 8, 2 c + 1, 2 c + 9 of a tile, an order in which the tokens are written. What a
+// code is more than its level, OFFSET or a zero point, is the same for a group: sum(scale (code - zero) x) =
+// sum(scale (code x)) - sum(scale zero sum(x)), where the last sum, over the columns of a part, comes with the tokens
+// in float16. So it is taken off when a run is done, by a product whose columns are the parts.
+//
+// The tensor cores add E4M3 products with some 14 bits. Sums of a part, PART columns of a group (at most 128), are kept
+// apart and added in float32.
+//
+// A unit is copied by one instruction for the words of all tiles and one for their scales (tensor maps of two
+// dimensions): the engine is a tenth slower at as many copies of 1 KB as there are tiles.
+#if E4M3
+constexpr int PARTS = UNIT / PART, PART_STEPS = PART / 32;
+constexpr int WIDE_BYTES = 4096 * WG;  // of a block's words for 128 columns, 1 KB a tile
+[[maybe_unused]] constexpr u32 ONE = 0x3c003c00;  // twice, in float16
+constexpr int SUMS_WIDE = 64;  // parts of a token in 128 bytes
+#endif
 
 struct alignas(64) TensorMap {
   u8 bytes[128];
@@ -821,12 +842,33 @@ DEVICE void put_piece(u32 mine, u16* y, int first_row, int first_token, int m, i
       if (to + i < n) out[i] = (u16)(eight[i / 2] >> 16 * (i % 2));
 }
 
+#if E4M3
+// Scale times zero point of a part, of rows g and g + 8 of a tile: two float16.
+DEVICE u32 zero_of_part(const Weight& w, int tile, int part) {
+  u32 scale = ONE, zero = 0x64006400 + OFFSET * 0x00010001;  // 1024 + zero
+#if GROUP
+  const u64 group = (u64)tile * w.units * SCALES + part * PART / GROUP;
+  scale = load1(w.scale + 8 * group + (lane_id() >> 2));
+#if ZERO
+  zero = permute(load_half(w.zero + 8 * group + (lane_id() >> 2)), 0x64646464, 0x4140);
+#endif
+#endif
+  u32 out;
+  asm("{.reg .b32 t; sub.rn.f16x2 t, %1, %2; mul.rn.f16x2 %0, t, %3;}" : "=r"(out) : "r"(zero), "r"(0x64006400), "r"(scale));
+  return out;
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
 #if SPLIT > 1
     __cluster_dims__(SPLIT, 1, 1)
 #endif
-    many(Weight w, const float* alpha, const u32* pairs, const __grid_constant__ TensorMap map, u16* y, float* left,
-         u32* counts, int m, int n) {
+    many(Weight w, const float* alpha, const u32* pairs, const __grid_constant__ TensorMap map,
+#if E4M3
+         const __grid_constant__ TensorMap sums_map, const __grid_constant__ TensorMap words_map,
+         const __grid_constant__ TensorMap scales_map, const float* token_scale,
+#endif
+         u16* y, float* left, u32* counts, int m, int n) {
   __shared__ __align__(8) u64 barriers[2 * STAGES];
   const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
   // tokens must lie on 1024 bytes whatever the driver gives
@@ -836,7 +878,7 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
-      barrier_init(full + 8 * i, COPIERS + 1 + (GROUP ? 32 : 0));  // a warp's copies of 16 bytes arrive lane by lane
+      barrier_init(full + 8 * i, E4M3 ? 2 : COPIERS + 1 + (GROUP ? 32 : 0));  // a warp's copies of 16 bytes arrive lane by lane
       barrier_init(empty + 8 * i, WG);
     }
     asm volatile("fence.proxy.async;" ::: "memory");
@@ -853,6 +895,7 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
 #endif
     // A copy takes a warp a while to begin, whatever its size: lanes have one each, and warps share them out.
     const int copier = warp - 4 * WG;
+    if (E4M3 && copier % COPIERS) return;
     if (copier == COPIERS) {
       prefetch_map(&map);
       wait_for_inputs();
@@ -864,9 +907,28 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
         const int tile = first_row / 16 + of;
         return (u64)(tile < w.tiles ? tile : w.tiles - 1) * w.units + unit;
       };
-      for (int unit = work.first; unit < work.last; unit++) {
+#if E4M3
+      const int sums = work.first * PARTS / SUMS_WIDE * SUMS_WIDE;
+      const int more = (work.last * PARTS - sums + SUMS_WIDE - 1) / SUMS_WIDE;  // stages of sums, after those of units
+#else
+      const int more = 0;
+#endif
+      for (int unit = work.first; unit < work.last + more; unit++) {
         barrier_wait(empty + 8 * slot, phase);
         const u32 arrived = full + 8 * slot, to = weights + slot * WEIGHTS_BYTES;
+#if E4M3
+        if (unit >= work.last) {
+          if (lane == 0) barrier_expect(arrived, copier ? TOKENS_OF_64 : 0);
+          if (lane == 0 && copier)
+            read_tile(tokens + slot * TOKENS_BYTES, &sums_map, sums + (unit - work.last) * SUMS_WIDE, first_token, arrived);
+        } else if (copier == 0) {
+          if (lane == 0) barrier_expect(arrived, WEIGHTS_BYTES);
+          __syncwarp();
+          if (lane < TURNS)  // a map's elements of words are 8 bytes
+            read_tile(to + lane * WIDE_BYTES, &words_map, (unit * TURNS + lane) * 128, first_row / 16, arrived);
+          if (GROUP && lane == 31) read_tile(to + SCALES_AT, &scales_map, unit * SCALES * 8, first_row / 16, arrived);
+        } else
+#endif
         if (copier < COPIERS) {  // words: a tile a lane
           const int mine = copier + COPIERS * lane;
           if (lane == 0) barrier_expect(arrived, (4 * WG - copier + COPIERS - 1) / COPIERS * WORD_BYTES);
@@ -888,7 +950,7 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
           if (lane == 0) barrier_expect(arrived, TOKENS_BYTES);
           __syncwarp();
           if (lane < TURNS)
-            read_tile(tokens + slot * TOKENS_BYTES + lane * TOKENS_OF_64, &map, unit * UNIT + lane * 64, first_token, arrived);
+            read_tile(tokens + slot * TOKENS_BYTES + lane * TOKENS_OF_64, &map, unit * UNIT + lane * WIDE, first_token, arrived);
         }
         if (++slot == STAGES) slot = 0, phase ^= 1;
       }
@@ -904,7 +966,7 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
   // Of the descriptor of tokens (PTX ISA, "Matrix descriptor") the half that changes: their address in units of 16 bytes.
   // The other half is always 1024 bytes from 8 rows to the next, in the 128-byte swizzle.
   const u32 descriptor = tokens >> 4 | 1 << 16;
-  const u32 words = weights + warp * WORD_BYTES + (BITS == 3 ? 4 : 16) * lane;
+  const u32 words = weights + warp * (E4M3 ? 1024 : WORD_BYTES) + (BITS == 3 ? 4 : 16) * lane;
   const u32 scales = weights + SCALES_AT + warp * SCALE_BYTES + 4 * (lane >> 2);
   const u32 zeros = weights + ZEROS_AT + warp * ZERO_BYTES + 2 * (lane >> 2);
   int slot = 0, phase = 0, before = 0;
@@ -920,6 +982,85 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
 #pragma unroll
       for (int i = 0; i < NT / 2; i++) acc[i] += (i & 2 ? below : above) * apart[APART ? i : 0];
     };
+#if E4M3
+    u32 a[PART_STEPS][4], q[2][WORDS];
+#pragma unroll
+    for (int i = 0; i < NT / 2; i++) apart[i] = 0;
+    for (int unit = work.first; unit < work.last; unit++) {
+      barrier_wait(full + 8 * slot, phase);
+      const u32 here = slot * WEIGHTS_BYTES;
+      const u32 at = __shfl_sync(0xffffffff, descriptor + slot * (TOKENS_BYTES / 16), 0);  // the same in all lanes
+#pragma unroll
+      for (int part = 0; part < PARTS; part++) {
+        const int first = part * PART;
+#pragma unroll
+        for (int block = first / 64; block < (first + PART + 63) / 64; block++)
+          if (first % 64 == 0 || block > first / 64)
+            read4(q[block % 2], words + here + block / 2 * WIDE_BYTES + block % 2 * 512);
+        u32 scale = ONE;
+        if (GROUP) scale = read1(scales + here + first / (GROUP ? GROUP : UNIT) * 32);
+        wgmma_wait<0>();
+        if (part == 0 && unit > work.first && threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * before);
+        add_group();
+        above = low_half(scale), below = high_half(scale);
+#pragma unroll
+        for (int step = 0; step < PART_STEPS; step++) {
+          const int column = first + 32 * step, mask = 0x0f0f0f0f;
+          const u32* const two = q[column / 64 % 2] + column % 64 / 16;
+          a[step][0] = two[0] & mask, a[step][1] = two[0] >> 4 & mask;
+          a[step][2] = two[1] & mask, a[step][3] = two[1] >> 4 & mask;
+        }
+        // No compiler may put these off until after the fence: it would have to wait for each product then.
+#pragma unroll
+        for (int i = 0; i < 4 * PART_STEPS; i++) asm volatile("" : "+r"(a[i / 4][i % 4]));
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < PART_STEPS; step++) {
+          const int column = first + 32 * step;
+          wgmma(apart, a[step], at + column / WIDE * (TOKENS_OF_64 / 16) + column % WIDE / 16, step > 0);
+        }
+        wgmma_commit();
+      }
+      before = slot;
+      if (++slot == STAGES) slot = 0, phase ^= 1;
+    }
+    // Scales times zero points of 64 parts: the left operand of m64nNk16, zeros for parts of other runs
+    const int from = work.first * PARTS, to = work.last * PARTS;
+    const int tile = first_row / 16 + warp < w.tiles ? first_row / 16 + warp : w.tiles - 1;
+    u32 taken[SUMS_WIDE / 16][4];
+    auto take = [&](int begin) {
+#pragma unroll
+      for (int i = 0; i < SUMS_WIDE / 8; i++) {
+        u32 two[2];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          const int part = begin + 8 * i + 2 * (lane & 3) + j;
+          two[j] = zero_of_part(w, tile, part < to ? part : to - 1);
+          if (part < from || part >= to) two[j] = 0;
+        }
+        taken[i / 2][i % 2 * 2] = permute(two[0], two[1], 0x5410), taken[i / 2][i % 2 * 2 + 1] = permute(two[0], two[1], 0x7632);
+      }
+    };
+    int begin = from / SUMS_WIDE * SUMS_WIDE;
+    take(begin);
+    wgmma_wait<0>();
+    if (threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * before);
+    add_group();
+    for (;;) {
+      barrier_wait(full + 8 * slot, phase);
+      const u32 at = __shfl_sync(0xffffffff, descriptor + slot * (TOKENS_BYTES / 16), 0);
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < SUMS_WIDE / 16; step++) wgmma_minus(acc, taken[step], at + 2 * step, 1);
+      wgmma_commit();
+      wgmma_wait<0>();
+      if (threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * slot);
+      if (++slot == STAGES) slot = 0, phase ^= 1;
+      begin += SUMS_WIDE;
+      if (begin >= to) break;
+      take(begin);
+    }
+#else
     u32 a[2][STEPS_OF_64][4], q[WORDS], offset[2], low = ONES, high = ONES;
     offsets(0, offset);
     for (int unit = work.first; unit < work.last; unit++) {
@@ -977,6 +1118,7 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
     wgmma_wait<0>();
     if (threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * before);
     if (APART) add_group();
+#endif
 
     // Parts of this tile are with blocks head .. tail. It is the last work of all but perhaps the last of them, and those whose
     // last work it is add up a share of the pieces each. A piece that another adds goes to memory; a block has two places
@@ -1055,6 +1197,18 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
         }
       }
     }
+#if E4M3
+#pragma unroll
+    for (int j = 0; j < PIECES; j++) {
+      const float2* of = (const float2*)(token_scale + first_token + 16 * j + 2 * (lane & 3));
+      const float2 first = of[0], second = of[4];
+#pragma unroll
+      for (int i = 0; i < 8; i += 2) {  // codes counted as code * 2^-9
+        const float2 t = i < 4 ? first : second;
+        acc[8 * j + i] *= 512 * t.x, acc[8 * j + i + 1] *= 512 * t.y;
+      }
+    }
+#endif
 #pragma unroll
     for (int first = 0; first < PIECES; first += TURNED) {
       __syncwarp();  // what was there has been read

@@ -1,0 +1,128 @@
+// Tokens rounded to E4M3, in the order and with the sums that `many` of fragments.cu takes. The host side, which says what
+// for, is e4m3_tokens.py.
+//
+// Macros. INPUT (0 bfloat16, 1 float16, 2 float32); THREADS of a block, which rounds a token; CHUNKS of 16 columns of a
+// thread, kept in registers between finding the largest magnitude and rounding; PART columns a sum.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef unsigned long long u64;
+
+#define DEVICE __device__ __forceinline__
+
+DEVICE float wide(u16 bits) {
+  float out;
+#if INPUT == 1
+  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(bits));
+#else
+  out = __uint_as_float((u32)bits << 16);
+#endif
+  return out;
+}
+
+// 16 columns of a token from `column` on, zeros past the last. `aligned`: every row begins on 16 bytes, K is a multiple
+// of 8.
+DEVICE void read(const u8* row, int column, int k, bool aligned, float* v) {
+#if INPUT == 2
+#pragma unroll
+  for (int i = 0; i < 16; i += 4) {
+    const float* from = (const float*)row + column + i;
+    if (aligned && column + i < k) {
+      const float4 four = *(const float4*)from;
+      v[i] = four.x, v[i + 1] = four.y, v[i + 2] = four.z, v[i + 3] = four.w;
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; j++) v[i + j] = column + i + j < k ? from[j] : 0;
+    }
+  }
+#else
+#pragma unroll
+  for (int i = 0; i < 16; i += 8) {
+    const u16* from = (const u16*)row + column + i;
+    if (aligned && column + i < k) {
+      const uint4 eight = *(const uint4*)from;
+      const u32 two[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+      for (int j = 0; j < 8; j++) v[i + j] = wide((u16)(two[j / 2] >> 16 * (j % 2)));
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; j++) v[i + j] = column + i + j < k ? wide(from[j]) : 0;
+    }
+  }
+#endif
+}
+
+DEVICE u32 largest_of_warp(u32 bits) {
+  u32 out;
+  asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(out) : "r"(bits));
+  return out;
+}
+
+// Two values to E4M3, to nearest, ties to even, saturating; what they became is added to `sum`.
+DEVICE u32 round_two(float low, float high, float& sum) {
+  u16 two;
+  u32 halves;
+  float a, b;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(high), "f"(low));
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(two));
+  asm("{.reg .b16 l,h; mov.b32 {l,h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(a), "=f"(b) : "r"(halves));
+  sum += a + b;
+  return two;
+}
+
+// x: rows `pitch` bytes apart. q: [M][width] bytes. scales: [M]. sums: [M][sums_width] float16, sums times 2^-9.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    round_tokens(const u8* x, u8* q, float* scales, u16* sums, long long pitch, int k, int width, int sums_width,
+                 int aligned) {
+  __shared__ u32 largest[THREADS / 32];
+  __shared__ float partial[CHUNKS * THREADS];  // of 16 columns
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");  // the product begins to read its weights
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+
+  const u8* const row = x + blockIdx.x * pitch;
+  float v[CHUNKS][16];
+  u32 reach = 0;  // bits of magnitudes are ordered as they are, NaN last
+#pragma unroll
+  for (int i = 0; i < CHUNKS; i++) {
+    read(row, 16 * (i * THREADS + threadIdx.x), k, aligned, v[i]);
+#pragma unroll
+    for (int j = 0; j < 16; j++) reach = max(reach, __float_as_uint(v[i][j]) & 0x7fffffff);
+  }
+  reach = largest_of_warp(reach);
+  if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = reach;
+  __syncthreads();
+  reach = largest_of_warp(threadIdx.x % 32 < THREADS / 32 ? largest[threadIdx.x % 32] : 0);
+  const float scale = reach ? fmaxf(__fdiv_rn(__uint_as_float(reach), 448.0f), 0x1p-126f) : 1.0f;  // fmaxf loses a NaN,
+  const float inverse = __fdiv_rn(1.0f, scale);  // which the token keeps
+  if (threadIdx.x == 0) scales[blockIdx.x] = scale;
+
+#pragma unroll
+  for (int i = 0; i < CHUNKS; i++) {
+    const int chunk = i * THREADS + threadIdx.x;
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < 16; j++) {  // v / scale as IEEE rounds it (Markstein 1990)
+      const float quotient = v[i][j] * inverse;
+      v[i][j] = __fmaf_rn(__fmaf_rn(-quotient, scale, v[i][j]), inverse, quotient);
+    }
+    u32 out[4];  // a word: columns 2 c, 2 c + 8, 2 c + 1, 2 c + 9
+#pragma unroll
+    for (int c = 0; c < 4; c++)
+      out[c] = round_two(v[i][2 * c], v[i][2 * c + 8], sum) | round_two(v[i][2 * c + 1], v[i][2 * c + 9], sum) << 16;
+    if (16 * chunk < width) *(uint4*)(q + (u64)blockIdx.x * width + 16 * chunk) = make_uint4(out[0], out[1], out[2], out[3]);
+    partial[chunk] = sum;  // zero past the last column
+  }
+  __syncthreads();
+  for (int part = threadIdx.x; part < sums_width; part += THREADS) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < PART / 16; i++) {
+      const int chunk = part * (PART / 16) + i;
+      sum += chunk < CHUNKS * THREADS ? partial[chunk] : 0;
+    }
+    u16 half;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(sum * 0x1p-9f));
+    sums[(u64)blockIdx.x * sums_width + part] = half;
+  }
+}
