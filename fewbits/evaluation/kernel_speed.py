@@ -6,7 +6,8 @@ writing y takes at the bandwidth measured in the same run. Beside its time every
 ratio of its product: against float32 with the very weights it decodes (what the kernel adds), and against float32 with
 the original Gaussian weights (what the format costs).
 
-FP8 is given its activations rounded already; rounding them takes time that is not counted here.
+FP8 is given its activations rounded already; rounding them takes time that is not counted here. It is counted where a
+format of ours says what inputs are rounded to (`int4-g128/fp8_e4m3-token`); such are asked for 16 tokens and more.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.nn import functional
 
 from fewbits.core.errors import Unsupported
 from fewbits.formats import parse_format
+from fewbits.formats.scheme import parse_scheme
 from fewbits.kernels import KERNELS, LinearSpec, choose
 from fewbits.kernels.timing import copies, microseconds, read_bandwidth
 from fewbits.metrics.error import sqnr_db
@@ -30,7 +32,7 @@ SHAPES = {
     "70B gate+up": (57344, 8192),
 }  # fmt: skip
 TOKENS = (1, 4, 16, 64, 256, 4096)
-FORMATS = ("int4-g128",)
+FORMATS = ("int4-g128", "int4-g128/fp8_e4m3-token")
 Say = Callable[[str], None]
 Product = Callable[[Tensor], Tensor]
 
@@ -46,19 +48,23 @@ class Held:
 
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
-    """`hold(w)` takes a bfloat16 weight [N, K]; `most` is the largest number of tokens it is asked for."""
+    """`hold(w)` takes a bfloat16 weight [N, K]; `least` and `most`: numbers of tokens it is asked for."""
 
     name: str
     hold: Callable[[Tensor], Held]
+    least: int = 1
     most: int = 1 << 20
 
 
 def _ours(name: str) -> Contestant:
-    format = parse_format(name)
+    scheme = parse_scheme(name)
+    inputs = scheme.activations
 
     def hold(w: Tensor) -> Held:
-        weight = format.quantize(w.float())
-        spec = LinearSpec(format=weight.format, shape=weight.shape, device=w.device, dtype=torch.bfloat16)
+        weight = scheme.weights.quantize(w.float())
+        spec = LinearSpec(
+            format=weight.format, shape=weight.shape, device=w.device, dtype=torch.bfloat16, activations=inputs
+        )
         kernel = choose(spec)
         packed = kernel.prepack(weight)
         size = sum(part.numel() * part.element_size() for part in packed.values())
@@ -67,7 +73,10 @@ def _ours(name: str) -> Contestant:
             stands_for=weight.dequantize() if w.numel() < 1 << 25 else None,
         )  # fmt: skip
 
-    return Contestant(name=f"fewbits {name}", hold=hold)
+    if inputs is None:
+        return Contestant(name=f"fewbits {name}", hold=hold)
+    rounded = "E4M3" if inputs.name == "fp8_e4m3-token" else inputs.name
+    return Contestant(name=f"fewbits {scheme.weights.name}, {rounded} inputs", hold=hold, least=16)
 
 
 def _cublas(w: Tensor) -> Held:
@@ -176,7 +185,15 @@ def measure(
             continue
         for shape, (n, k) in shapes.items():
             say(f"{contestant.name}, {shape}")
-            rows += _times(contestant, shape, n, k, [m for m in tokens if m <= contestant.most], bandwidth, device)
+            rows += _times(
+                contestant,
+                shape,
+                n,
+                k,
+                [m for m in tokens if contestant.least <= m <= contestant.most],
+                bandwidth,
+                device,
+            )
     return {
         "kind": "kernel speed", "device": torch.cuda.get_device_name(device), "bandwidth": bandwidth,
         "shapes": {name: list(shape) for name, shape in shapes.items()}, "tokens": list(tokens), "rows": rows,
