@@ -173,14 +173,9 @@ class CudaFragments:
         if isinstance(layout, Layout) and layout.e4m3 and rows.shape[0]:
             rows = rows if rows.dtype in (torch.float16, torch.bfloat16) else rows.float()
             y: Tensor = fragments_e4m3_linear(
-                rows,
-                packed["weight"],
-                packed["scales"],
-                packed.get("zeros"),
-                packed["alpha"],
-                layout.group,
+                rows, packed["weight"], packed["scales"], packed.get("zeros"), packed["alpha"], layout.group,
                 layout.offset,
-            )
+            )  # fmt: skip
             return y.to(x.dtype).reshape(*x.shape[:-1], out)
         if spec.activations is not None:
             rows, token_scale = split_levels(rows, spec.activations, packed)

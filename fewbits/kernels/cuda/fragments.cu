@@ -673,7 +673,6 @@ constexpr int TOKEN_GROUP = 4;  // blocks of tokens that go through all rows tog
 constexpr int MANY_THREADS = 128 * WG + 128;
 constexpr int COPIERS = 3;  // warps that copy weights; one more copies tokens
 
-
 // E4M3 tokens. The 4 bits of a code with zeros before them are an E4M3 number, code * 2^-9 for all of 0 .. 15 (its subnormals
 // and the first binade beyond): two masks and a shift of a word make half of the left operand of m64nNk32, rows g and g + 8.
 // Their bytes then are columns 2 c, 2 c + 8, 2 c + 1, 2 c + 9 of a tile, an order in which the tokens are written. What a
