@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fewbits.formats import parse_format
-from fewbits.kernels import fragments, nvrtc, tuned
+from fewbits.kernels import fragments, nvrtc, tuned, tuning
 from fewbits.kernels.base import No
 from fewbits.kernels.cuda_fragments import layout_of
 from fewbits.kernels.fragments import Few, Layout, Many, fits
@@ -130,3 +130,34 @@ def test_every_choice_says_all_macros() -> None:
         for name in ("BITS", "TABLE", "GROUP", "UNIT", "ZERO", "OFFSET", "HALF", "RT", "SPLIT", "STAGES"):
             assert f"#define {name} " in head
         assert "@WGMMA@" not in text or isinstance(config, Few)
+
+
+def test_the_fastest_of_several_measurements_wins(monkeypatch) -> None:
+    """A choice that was lucky once must not win against one that is fast each time; the slowest are not timed again."""
+    seen: list[int] = []
+    lucky = iter([1.0, 9.0, 9.0, 9.0])
+
+    def microseconds(calls: list[int]) -> float:
+        seen.append(calls[0])
+        return next(lucky) if calls[0] == 3 else 2.0 + calls[0]
+
+    monkeypatch.setattr(tuning, "microseconds", microseconds)
+    assert tuning._fastest([[i] for i in range(12)]) == (0, 2.0)
+    assert seen.count(11) == 1 and seen.count(3) == 4
+
+
+def test_a_cluster_has_a_tile_of_its_own_at_once() -> None:
+    """Columns split over clusters: every tile is on the device, and nothing is left in memory for others."""
+    config = Many(nt=64, wg=1, stages=8, split=2)
+    assert fits(config, layout(4), 4096, 4096, 64, 132)
+    assert config.grid(layout(4), 4096, 4096, 64, 132) == 2 * 64
+    assert config.workspace(layout(4), 4096, 4096, 64, 132) == 0
+    assert not fits(config, layout(4), 6144, 4096, 64, 132)  # 2 x 96 blocks for 132 multiprocessors
+    assert not fits(config, layout(4), 64, 128, 64, 132)  # one unit of columns for two blocks
+
+
+def test_staged_units_leave_the_registers_to_the_next_product() -> None:
+    kept, staged = Few(ring=4), Few(ring=4, staged=True)
+    shape = layout(4), 4096, 4096, 1, 132
+    unit = 16 * 128 // 2 + 16 * 2  # bytes: codes, and a float16 scale a row
+    assert staged.shared(*shape) - kept.shared(*shape) == 16 * 4 * unit
