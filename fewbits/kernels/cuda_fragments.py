@@ -24,9 +24,10 @@ from torch.nn import functional
 
 from fewbits.formats import Format, Quantized
 from fewbits.formats.scales import PlainScale
-from fewbits.kernels import e4m3_tokens, fragments, nvrtc, tuned
+from fewbits.kernels import e4m3_tokens, fragment_layout, fragments, nvrtc, tuned
 from fewbits.kernels.base import Bound, LinearSpec, No, Packed, Yes, affine, middle_code, split_levels, whole_tokens
-from fewbits.kernels.fragments import Config, Layout
+from fewbits.kernels.fragment_choices import Config
+from fewbits.kernels.fragment_layout import Layout
 
 _MOST_E4M3_COLUMNS = 512  # of a unit, for two of them to lie in shared memory
 _ZERO_GROUP = 128  # columns to a group where a whole row has one zero point
@@ -66,7 +67,7 @@ def fragments_linear(
     x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, alpha: Tensor, table: Tensor | None, bits: int,
     group: int, offset: int,
 ) -> Tensor:  # fmt: skip
-    """x [M, K] bfloat16 or float16 -> [M, N] with N = len(alpha); the rest as fragments.py packs it."""
+    """x [M, K] bfloat16 or float16 -> [M, N] with N = len(alpha); the rest as fragment_layout.py packs it."""
     half = x.dtype == torch.float16
     layout = Layout(bits=bits, table=table is not None, group=group, zero=zero is not None, offset=offset, half=half)
     weight = fragments.Packed(
@@ -99,7 +100,7 @@ def fragments_e4m3_linear(
 ) -> Tensor:
     """x [M, K] in 16 or 32 bits, M > 0, of any row stride -> [M, N] float16 where x is, else bfloat16.
 
-    Weights of 4 bits and consecutive levels, as fragments.py packs them; x is rounded to E4M3 token by token.
+    Weights of 4 bits and consecutive levels, as fragment_layout.py packs them; x is rounded to E4M3 token by token.
     """
     layout = Layout(
         bits=4, table=False, group=group, zero=zero is not None, offset=offset, half=x.dtype == torch.float16, e4m3=True
@@ -152,19 +153,21 @@ class CudaFragments:
             groups = -(-columns // layout.group)
             scale, zero = scale.expand(-1, groups), zero.expand(rows, groups)
         codes = functional.pad(weight.codes, (0, padded - columns))
-        scales, alpha = fragments.pack_scales(scale, padded, layout)
-        packed = {"weight": fragments.pack(codes, layout), "scales": scales, "alpha": alpha}
+        scales, alpha = fragment_layout.pack_scales(scale, padded, layout)
+        packed = {"weight": fragment_layout.pack(codes, layout), "scales": scales, "alpha": alpha}
         if zero is not None:
-            packed["zeros"] = fragments.pack_groups(zero, padded, layout)
+            packed["zeros"] = fragment_layout.pack_groups(zero, padded, layout)
         if layout.table:
             levels = torch.tensor(weight.format.grid.levels, device=codes.device)
-            packed["table"] = torch.stack([fragments.pack_table(levels, half, layout.bits) for half in (False, True)])
+            packed["table"] = torch.stack(
+                [fragment_layout.pack_table(levels, half, layout.bits) for half in (False, True)]
+            )
         return packed
 
     def codes(self, packed: Packed, spec: LinearSpec) -> Tensor:
         layout = layout_of(spec.format, spec.shape[1], False)
         assert isinstance(layout, Layout)
-        return fragments.unpack(packed["weight"], *spec.shape, layout)
+        return fragment_layout.unpack(packed["weight"], *spec.shape, layout)
 
     def linear(self, x: Tensor, packed: Packed, spec: LinearSpec) -> Tensor:
         out, columns = spec.shape
@@ -208,7 +211,7 @@ class CudaFragments:
 
     def join(self, parts: Sequence[Packed], specs: Sequence[LinearSpec]) -> tuple[Packed, list[Packed]] | None:
         rows = [spec.shape[0] for spec in specs]
-        if any(count % fragments.ROWS for count in rows):
+        if any(count % fragment_layout.ROWS for count in rows):
             return None  # padded rows would come to lie between the parts
         if "table" in parts[0] and any(not torch.equal(part["table"], parts[0]["table"]) for part in parts):
             return None  # codebooks of their own

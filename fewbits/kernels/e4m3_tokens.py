@@ -3,7 +3,7 @@
     scale[m] = max_k |x[m, k]| / 448        q[m, k] = E4M3(x[m, k] / scale[m])        sums[m, p] = sum of q[m, part p]
 
 A word of a weight of 4 bits masked with 0x0f0f0f0f leaves columns 2 c, 2 c + 8, 2 c + 1, 2 c + 9 of a tile of 16 in the
-four bytes that the tensor cores take for columns 4 c .. 4 c + 3 (fragments.py has the layout of a word). A product does
+four bytes that the tensor cores take for columns 4 c .. 4 c + 3 (fragment_layout.py has that of a word). A product does
 not mind the order of columns that both sides have: it is the tokens that are written in it, where it costs nothing. The
 sums of `Layout.part` columns, in float16 and times 2**-9, are what zero points are multiplied by.
 

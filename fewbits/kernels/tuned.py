@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from fewbits.kernels import nvrtc
-from fewbits.kernels.fragments import SHARED_LIMIT, Config, Few, Layout, Many, fits
+from fewbits.kernels.fragment_choices import SHARED_LIMIT, Config, Few, Many, fits
+from fewbits.kernels.fragment_layout import Layout
 
 VERSION = 3  # 2: `few` kept units in registers, `many` knew no clusters
 KERNELS: dict[str, type[Few] | type[Many]] = {"few": Few, "many": Many}

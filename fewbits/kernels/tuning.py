@@ -18,7 +18,8 @@ import torch
 
 from fewbits.kernels import fragments, nvrtc
 from fewbits.kernels.e4m3_tokens import round_tokens
-from fewbits.kernels.fragments import Config, Few, Layout, Many, fits
+from fewbits.kernels.fragment_choices import Config, Few, Many, fits
+from fewbits.kernels.fragment_layout import ROWS, Layout, pack, pack_table
 from fewbits.kernels.timing import Call, copies, microseconds
 
 Progress = Callable[[str], None]
@@ -88,8 +89,8 @@ def _e4m3_candidates(m: int) -> list[Config]:
 
 def random_weight(layout: Layout, n: int, k: int, device: torch.device) -> fragments.Packed:
     """A weight of random codes in the packed order."""
-    _, units, size = fragments.pack(torch.zeros(fragments.ROWS, k, dtype=torch.uint8), layout).shape
-    tiles = -(-n // fragments.ROWS) * fragments.ROWS // 16
+    _, units, size = pack(torch.zeros(ROWS, k, dtype=torch.uint8), layout).shape
+    tiles = -(-n // ROWS) * ROWS // 16
     scales = (tiles, units * layout.unit // layout.group if layout.group else 0, 8, 2)
     words = torch.randint(-(2**31), 2**31 - 1, (tiles, units, size), device=device, dtype=torch.int32)
     zero = torch.randint(0, 1 << layout.bits, scales, device=device, dtype=torch.uint8)
@@ -97,7 +98,7 @@ def random_weight(layout: Layout, n: int, k: int, device: torch.device) -> fragm
     return fragments.Packed(
         words=words, scale=torch.rand(scales, device=device).half(), zero=zero if layout.zero else None,
         alpha=torch.ones(n, device=device), n=n, k=k,
-        table=fragments.pack_table(levels, layout.half, layout.bits) if layout.table else None,
+        table=pack_table(levels, layout.half, layout.bits) if layout.table else None,
     )  # fmt: skip
 
 
@@ -108,7 +109,7 @@ def weight_bytes(weight: fragments.Packed) -> int:
 
 def compile_all(layout: Layout, configs: Sequence[Config], device: int) -> None:
     """Compiles on all cores; a compiler's thread leaves the interpreter to others."""
-    sources = {fragments.source(layout, tuple(config.macros.items())) for config in configs}
+    sources = {fragments.source(layout, config) for config in configs}
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         list(pool.map(lambda text: nvrtc.compiled(text, nvrtc.options(device)), sources))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fewbits.formats import Quantized, parse_format
 from fewbits.kernels import KERNELS, LinearSpec, fragments
 from fewbits.kernels.cuda_fragments import fragments_linear, layout_of
-from fewbits.kernels.fragments import Few, Many, fits
+from fewbits.kernels.fragment_choices import Few, Many, fits
 from fewbits.metrics.error import sqnr_db
 
 KERNEL = KERNELS.get("cuda_fragments")

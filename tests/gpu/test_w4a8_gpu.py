@@ -11,7 +11,8 @@ from fewbits.kernels import KERNELS, LinearSpec, choose, fragments
 from fewbits.kernels.base import split_levels
 from fewbits.kernels.cuda_fragments import fragments_e4m3_linear, layout_for
 from fewbits.kernels.e4m3_tokens import round_tokens
-from fewbits.kernels.fragments import Layout, Many, fits
+from fewbits.kernels.fragment_choices import Many, fits
+from fewbits.kernels.fragment_layout import Layout
 from fewbits.metrics.error import sqnr_db
 
 KERNEL = KERNELS.get("cuda_fragments")

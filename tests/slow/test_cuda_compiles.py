@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fewbits.kernels import cuda_attention, e4m3_tokens, fragments, nvrtc
-from fewbits.kernels.fragments import Few, Layout, Many
+from fewbits.kernels.fragment_choices import Few, Many
+from fewbits.kernels.fragment_layout import Layout
 
 LAYOUTS = {
     "int4-g128": Layout(bits=4, table=False, group=128, zero=False, offset=8, half=False),
@@ -34,14 +35,14 @@ def compiler(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 def test_kernels_compile(name: str, architecture: str) -> None:
     layout = LAYOUTS[name]
-    choices = [{"DENSE": 1}, Few().macros, Few(rt=2, warps=8, mt=2, ring=3).macros, Few(staged=True).macros]
+    choices = [None, Few(), Few(rt=2, warps=8, mt=2, ring=3), Few(staged=True)]
     if architecture == "sm_90a":
         many = [Many(nt=16, wg=1, per_sm=2), Many(nt=64, wg=4, share=1), Many(nt=256, stages=3, share=0), Many(split=2)]
         if layout.group and layout.group % 64 == 0:
             many.append(Many(nt=32, apart=True))
-        choices += [Few(split=4).macros, *(config.macros for config in many)]
-    for macros in choices:
-        source = fragments.source(layout, tuple(macros.items()))
+        choices += [Few(split=4), *many]
+    for config in choices:
+        source = fragments.source(layout, config)
         assert nvrtc.compiled(source, (f"--gpu-architecture={architecture}", "--std=c++17")).startswith(b"\x7fELF")
 
 
@@ -62,7 +63,7 @@ def test_kernels_with_e4m3_tokens_compile(group: int, zero: bool) -> None:
     layout = Layout(bits=4, table=False, group=group, zero=zero, offset=0 if zero else 8, half=zero, e4m3=True)
     options = "--gpu-architecture=sm_90a", "--std=c++17"
     for config in (Many(nt=16, wg=1, apart=True), Many(nt=128, apart=True), Many(nt=64, wg=3, split=4, apart=True)):
-        source = fragments.source(layout, tuple(config.macros.items()))
+        source = fragments.source(layout, config)
         assert nvrtc.compiled(source, options).startswith(b"\x7fELF")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for columns in (100, 14336):

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from fewbits.formats import parse_format
-from fewbits.kernels import fragments, nvrtc, tuned, tuning
+from fewbits.kernels import fragment_layout, fragments, nvrtc, tuned, tuning
 from fewbits.kernels.base import No
 from fewbits.kernels.cuda_fragments import layout_of
-from fewbits.kernels.fragments import Few, Layout, Many, fits
+from fewbits.kernels.fragment_choices import Few, Many, fits
+from fewbits.kernels.fragment_layout import Layout
 
 
 def layout(bits: int, table: bool = False, group: int = 128, zero: bool = False) -> Layout:
@@ -25,17 +26,17 @@ def layout(bits: int, table: bool = False, group: int = 128, zero: bool = False)
 @pytest.mark.parametrize("shape", [(16, 64), (100, 300), (64, 128), (1, 8)])
 def test_packing_is_undone(bits: int, table: bool, shape: tuple[int, int]) -> None:
     codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8)
-    words = fragments.pack(codes, layout(bits, table))
+    words = fragment_layout.pack(codes, layout(bits, table))
     assert words.dtype == torch.int32 and words.is_contiguous()
-    padded = -(-shape[0] // fragments.ROWS) * fragments.ROWS * -(-shape[1] // 128) * 128
+    padded = -(-shape[0] // fragment_layout.ROWS) * fragment_layout.ROWS * -(-shape[1] // 128) * 128
     assert words.numel() * 32 == padded * bits  # not a bit more
-    assert torch.equal(fragments.unpack(words, *shape, layout(bits, table)), codes)
+    assert torch.equal(fragment_layout.unpack(words, *shape, layout(bits, table)), codes)
 
 
 def test_a_thread_holds_what_the_matrix_instruction_wants() -> None:
     """PTX ISA, fragments of mma.m16n8k16: by the formula, value by value."""
     codes = torch.randint(0, 16, (64, 128), dtype=torch.uint8)
-    words = fragments.pack(codes, layout(4)).long()
+    words = fragment_layout.pack(codes, layout(4)).long()
     for tile, block, lane, step in [(0, 0, 0, 0), (1, 1, 5, 2), (3, 0, 31, 3), (2, 1, 18, 1)]:
         word, g, c = int(words[tile, block // 2, block % 2 * 128 + 4 * lane + step]), lane // 4, lane % 4
         for r in range(4):
@@ -46,7 +47,7 @@ def test_a_thread_holds_what_the_matrix_instruction_wants() -> None:
 
 def test_scales_keep_their_digits() -> None:
     scale = (torch.rand(70, 5) * torch.logspace(-12, 3, 70)[:, None]).half().float()
-    packed, alpha = fragments.pack_scales(scale, 5 * 128, layout(4))
+    packed, alpha = fragment_layout.pack_scales(scale, 5 * 128, layout(4))
     tiles, groups, _, _ = packed.shape
     rows = packed.permute(0, 3, 2, 1).reshape(16 * tiles, groups)[:70, :5].float() * alpha[:, None]
     assert torch.equal(rows, scale.half().float())
@@ -125,7 +126,7 @@ def test_without_measurements_rules_of_thumb_fit(capability: int) -> None:
 
 def test_every_choice_says_all_macros() -> None:
     for config in (Few(), Many()):
-        text = fragments.source(layout(4, zero=True), tuple(config.macros.items()))
+        text = fragments.source(layout(4, zero=True), config)
         head = text[: text.index("// Products with weights")]
         for name in ("BITS", "TABLE", "GROUP", "UNIT", "ZERO", "OFFSET", "HALF", "RT", "SPLIT", "STAGES"):
             assert f"#define {name} " in head

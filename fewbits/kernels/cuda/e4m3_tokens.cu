@@ -1,4 +1,4 @@
-// Tokens rounded to E4M3, in the order and with the sums that `many` of fragments.cu takes. The host side, which says what
+// Tokens rounded to E4M3, in the order and with the sums that many.cu takes. The host side, which says what
 // for, is e4m3_tokens.py.
 //
 // Macros. INPUT (0 bfloat16, 1 float16, 2 float32); THREADS of a block, which rounds a token; CHUNKS of 16 columns of a

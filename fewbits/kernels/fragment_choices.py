@@ -1,0 +1,171 @@
+"""The choices of `few` and `many` (fragments.py): how the work is divided, and what memory that takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fewbits.kernels import nvrtc
+from fewbits.kernels.fragment_layout import Layout
+
+_LEAST_UNITS = 4  # of a block of `many`: with fewer, adding up takes longer than it saves
+SHARED_LIMIT = 227 << 10  # bytes a thread block can have on Hopper
+
+
+@dataclass(frozen=True, kw_only=True)
+class Few:
+    """`few`: rt tiles of 16 rows a strip, warps of a block, mt tiles of 8 tokens, split blocks of a cluster along the
+    columns, ring units of weights on their way to each warp (staged in shared memory, else in registers), per_sm blocks
+    a multiprocessor, registers for `resident`.
+
+    With more resident than per_sm the blocks of the next product stand ready, with their first weights, while this one
+    runs.
+    """
+
+    rt: int = 1
+    warps: int = 16
+    mt: int = 1
+    split: int = 1
+    ring: int = 2
+    per_sm: int = 1
+    resident: int = 1
+    staged: bool = False
+
+    name = "few"
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    @property
+    def tokens(self) -> int:
+        return 8 * self.mt
+
+    def places(self, n: int, sms: int) -> int:
+        """Clusters that share out the strips."""
+        return min(-(-n // (16 * self.rt)), max(1, sms * self.per_sm // self.split))
+
+    def shared(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
+        rows, units = 16 * self.rt, -(-k // layout.unit)
+        strips = -(-n // rows)
+        most = -(-strips // self.places(n, sms))
+        parts = most + self.warps
+        width = -(-units // self.split) * layout.unit
+        tokens = (m if self.mt == 1 else self.tokens) * (2 * width + 16)
+        sums = 4 * width // layout.grain * self.tokens if layout.grain else 0
+        groups = layout.unit // layout.group if layout.group else 0
+        slot = self.rt * (2 * layout.unit * layout.bits + groups * (48 if layout.zero else 32))
+        ring = self.warps * self.ring * slot if self.staged else 0
+        return (
+            layout.table_bytes
+            + ring
+            + 4 * most * rows
+            + 4 * (-(-most // 4) * 4)
+            + 4 * parts * self.tokens * (rows + 4)
+            + sums
+            + tokens
+        )
+
+    def grid(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
+        return self.places(n, sms) * self.split
+
+    @property
+    def macros(self) -> dict[str, int]:
+        return {
+            "RT": self.rt, "WARPS": self.warps, "MT": self.mt, "SPLIT": self.split, "RING": self.ring,
+            "RESIDENT": self.resident, "STAGED": int(self.staged),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Many:
+    """`many`: wg warpgroups of 64 rows, nt tokens, stages of a unit on their way, per_sm blocks a multiprocessor.
+
+    share: tiles that are left over are not shared (0), each by the same number of blocks (1), all by all (2).
+    split: or the columns of every tile are, by so many blocks of a cluster, if all tiles can be worked on at once.
+    apart: the sums of a group are kept apart.
+    """
+
+    wg: int = 2
+    nt: int = 64
+    stages: int = 4
+    per_sm: int = 1
+    share: int = 2
+    apart: bool = False
+    split: int = 1
+
+    name = "many"
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.wg
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.wg + 128
+
+    @property
+    def registers(self) -> int:
+        """Of a thread that multiplies, where those of the warps that only wait are handed over; else 0."""
+        each = 65536 // self.per_sm // (128 * (self.wg + 1))
+        if self.nt * self.wg < 256 and not (self.apart and self.nt + 68 > each):
+            return 0
+        each = each // 8 * 8
+        return min(240, (each * (self.wg + 1) - 40) // self.wg // 8 * 8)
+
+    @property
+    def tokens(self) -> int:
+        return self.nt
+
+    def shared(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
+        groups = layout.unit // layout.group if layout.group else 0
+        weights = self.rows * layout.unit * layout.bits // 8 + self.rows * groups * (
+            3 if layout.zero and not layout.e4m3 else 2
+        )
+        stage = self.nt * (1 if layout.e4m3 else 2) * layout.unit + weights
+        turned = 32 * self.rows * (1 if self.nt // 16 % 2 else 2)
+        exchanged = 4 * self.rows * self.nt if self.split > 1 else 0
+        return 1024 + layout.table_bytes + max(self.stages * stage, exchanged) + turned
+
+    def grid(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
+        tiles = self.tiles(n, m)
+        if self.split > 1:
+            return tiles * self.split
+        runs = -(-tiles * -(-k // layout.unit) // _LEAST_UNITS) if self.share else tiles
+        return min(self.per_sm * sms, runs, nvrtc.COUNTERS)
+
+    def tiles(self, n: int, m: int) -> int:
+        return -(-n // self.rows) * -(-m // self.nt)
+
+    def workspace(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
+        """Sums that blocks leave for one another: two tiles each, where tiles are shared."""
+        blocks = self.grid(layout, n, k, m, sms)
+        shared = self.split == 1 and self.share and self.tiles(n, m) % blocks
+        return 2 * blocks * self.rows * self.nt if shared else 0
+
+    @property
+    def macros(self) -> dict[str, int]:
+        return {
+            "WG": self.wg, "NT": self.nt, "STAGES": self.stages, "RT": 1, "REGISTERS": self.registers,
+            "RESIDENT": self.per_sm, "SHARE": self.share, "LEAST_UNITS": _LEAST_UNITS, "APART": int(self.apart),
+            "SPLIT": self.split,
+        }  # fmt: skip
+
+
+Config = Few | Many
+
+
+def fits(config: Config, layout: Layout, n: int, k: int, m: int, sms: int, limit: int = SHARED_LIMIT) -> bool:
+    """Whether the configuration takes m tokens, and its blocks no more than `limit` bytes of shared memory."""
+    if config.split > -(-k // layout.unit) or (isinstance(config, Few) and (layout.e4m3 or m > config.tokens)):
+        return False
+    if isinstance(config, Many):
+        if layout.e4m3 and not config.apart:
+            return False
+        if config.apart and not layout.e4m3 and (not layout.group or layout.group % 64):
+            return False
+        blocks = config.grid(layout, n, k, m, sms)
+        if config.split > 1 and blocks > config.per_sm * sms:
+            return False
+        if -(-k // layout.unit) * blocks**2 >= 1 << 31:
+            return False
+    return config.shared(layout, n, k, m, sms) <= limit
