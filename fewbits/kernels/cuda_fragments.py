@@ -162,6 +162,7 @@ class CudaFragments:
             packed["table"] = torch.stack(
                 [fragment_layout.pack_table(levels, half, layout.bits) for half in (False, True)]
             )
+        nvrtc.settle(packed["weight"])
         return packed
 
     def codes(self, packed: Packed, spec: LinearSpec) -> Tensor:
@@ -218,6 +219,7 @@ class CudaFragments:
         whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0] if key != "table"}
         if "table" in parts[0]:
             whole["table"] = parts[0]["table"]
+        nvrtc.settle(whole["weight"])
         weights = whole["weight"].split([count // 16 for count in rows])
         return whole, [{**part, "weight": weight} for part, weight in zip(parts, weights, strict=True)]
 

@@ -192,6 +192,12 @@ class _Counters:
         return self.memory.data_ptr() + 4 * COUNTERS * place
 
 
+def settle(weight: Tensor) -> None:
+    """Waits until what was just packed is in memory: products read weights while the kernel before them still runs."""
+    if weight.is_cuda and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(weight.device).synchronize()
+
+
 @lru_cache(maxsize=16)
 def _counters(device: int) -> _Counters:
     return _Counters(device)
