@@ -154,6 +154,13 @@ class Many:
 Config = Few | Many
 
 
+def runs_on(config: Config, capability: int) -> bool:
+    """Whether GPUs of this major compute capability have the instructions: wgmma is Hopper's alone, clusters stayed."""
+    if isinstance(config, Many):
+        return capability == 9
+    return capability >= 9 or config.split == 1
+
+
 def fits(config: Config, layout: Layout, n: int, k: int, m: int, sms: int, limit: int = SHARED_LIMIT) -> bool:
     """Whether the configuration takes m tokens, and its blocks no more than `limit` bytes of shared memory."""
     if config.split > -(-k // layout.unit) or (isinstance(config, Few) and (layout.e4m3 or m > config.tokens)):

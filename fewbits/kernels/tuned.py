@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fewbits.kernels import nvrtc
-from fewbits.kernels.fragment_choices import SHARED_LIMIT, Config, Few, Many, fits
+from fewbits.kernels.fragment_choices import SHARED_LIMIT, Config, Few, Many, fits, runs_on
 from fewbits.kernels.fragment_layout import Layout
 
 VERSION = 3  # 2: `few` kept units in registers, `many` knew no clusters
@@ -89,9 +89,7 @@ def choice(
         if case.config is None:
             return None
         config = case.config
-        if capability < 9 and (isinstance(config, Many) or config.split > 1):
-            continue
-        if fits(config, layout, n, k, m, sms, limit):
+        if runs_on(config, capability) and fits(config, layout, n, k, m, sms, limit):
             return config
     return rule(capability, layout, n, k, m, sms, limit)
 
@@ -103,9 +101,9 @@ def rule(capability: int, layout: Layout, n: int, k: int, m: int, sms: int, limi
         tries = [Many(nt=tokens, stages=stages, share=1, apart=True) for tokens in (nt, 16) for stages in (6, 4, 3, 2)]
         return next((config for config in tries if fits(config, layout, n, k, m, sms, limit)), None)
     for config in (Few(), Few(mt=2), Few(mt=2, warps=8), Few(mt=2, split=2), Few(mt=2, split=4)):
-        if (capability >= 9 or config.split == 1) and m <= 16 and fits(config, layout, n, k, m, sms, limit):
+        if runs_on(config, capability) and m <= 16 and fits(config, layout, n, k, m, sms, limit):
             return config
-    if capability >= 9 and m <= 256:
+    if runs_on(Many(), capability) and m <= 256:
         nt = next(size for size in (16, 32, 64, 128) if m <= size or size == 128)
         for stages in (4, 3, 2):
             config = Many(nt=nt, stages=stages, share=1)

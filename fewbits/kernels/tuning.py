@@ -18,7 +18,7 @@ import torch
 
 from fewbits.kernels import fragments, nvrtc
 from fewbits.kernels.e4m3_tokens import round_tokens
-from fewbits.kernels.fragment_choices import Config, Few, Many, fits
+from fewbits.kernels.fragment_choices import Config, Few, Many, fits, runs_on
 from fewbits.kernels.fragment_layout import ROWS, Layout, pack, pack_table
 from fewbits.kernels.timing import Call, copies, microseconds
 
@@ -136,9 +136,9 @@ def tune(
     """The fastest choice of every shape (n, k) and number of tokens, as rows of `tuned.py`, with its microseconds."""
     index = device.index or 0
     sms = torch.cuda.get_device_properties(index).multi_processor_count
-    hopper = torch.cuda.get_device_capability(index)[0] >= 9
+    capability, _ = torch.cuda.get_device_capability(index)
     tried = {config for m in tokens for config in candidates(m, layout.e4m3)}
-    usable = {config for config in tried if hopper or (isinstance(config, Few) and config.split == 1)}
+    usable = {config for config in tried if runs_on(config, capability)}
     say(f"compiling {len(usable)} kernels for {layout.bits} bits")
     compile_all(layout, sorted(usable, key=str), index)
     cases = []

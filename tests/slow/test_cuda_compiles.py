@@ -32,7 +32,7 @@ def compiler(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_120a"])
 def test_kernels_compile(name: str, architecture: str) -> None:
     layout = LAYOUTS[name]
     choices = [None, Few(), Few(rt=2, warps=8, mt=2, ring=3), Few(staged=True)]

@@ -12,7 +12,7 @@ from fewbits.formats import parse_format
 from fewbits.kernels import fragment_layout, fragments, nvrtc, tuned, tuning
 from fewbits.kernels.base import No
 from fewbits.kernels.cuda_fragments import layout_of
-from fewbits.kernels.fragment_choices import Few, Many, fits
+from fewbits.kernels.fragment_choices import Few, Many, fits, runs_on
 from fewbits.kernels.fragment_layout import Layout
 
 
@@ -108,20 +108,30 @@ def test_between_two_measured_products_the_choice_is_that_for_more_tokens(tmp_pa
         assert chosen == tuned.choice("NVIDIA H200", 9, layout(4), 4096, 4096, more, 132), m
 
 
-@pytest.mark.parametrize("capability", [8, 9])
+SHAPES = ((64, 128), (576, 576), (28672, 4096), (4096, 14336), (8192, 28672))
+TOKENS = (1, 3, 8, 9, 16, 17, 64, 200, 256, 300)
+
+
+@pytest.mark.parametrize("capability", [8, 9, 10, 12])
 def test_without_measurements_rules_of_thumb_fit(capability: int) -> None:
-    for m in (1, 3, 8, 9, 16, 17, 64, 200, 256, 300):
-        for n, k in ((64, 128), (576, 576), (28672, 4096), (4096, 14336), (8192, 28672)):
+    for m in TOKENS:
+        for n, k in SHAPES:
             config = tuned.rule(capability, layout(4), n, k, m, 108)
             if config is None:
-                assert m > 256 or (capability < 9 and (m > 8 or k > 8192))
+                assert m > 256 or (capability != 9 and (m > 8 or k > 8192))
                 continue
-            assert fits(config, layout(4), n, k, m, 108)
-            for group in (32, 96, 128, 256):
-                rounded = dataclasses.replace(layout(4), group=group, e4m3=True)
-                found = tuned.rule(9, rounded, n, k, m, 108)
-                assert isinstance(found, Many) and fits(found, rounded, n, k, m, 108)
-            assert capability >= 9 or (isinstance(config, Few) and config.split == 1)
+            assert fits(config, layout(4), n, k, m, 108) and runs_on(config, capability)
+            assert capability == 9 or isinstance(config, Few)  # wgmma
+            assert capability >= 9 or config.split == 1  # clusters
+
+
+@pytest.mark.parametrize("group", [32, 96, 128, 256])
+def test_rules_of_thumb_for_e4m3_tokens_fit(group: int) -> None:
+    rounded = dataclasses.replace(layout(4), group=group, e4m3=True)
+    for m in TOKENS:
+        for n, k in SHAPES:
+            found = tuned.rule(9, rounded, n, k, m, 108)
+            assert isinstance(found, Many) and fits(found, rounded, n, k, m, 108)
 
 
 def test_every_choice_says_all_macros() -> None:
