@@ -55,7 +55,9 @@ def test_attention_compiles(bits: int, width: int, groups: int, ratio: int, dtyp
     config = cuda_attention.Config(bits=bits, width=width, groups=groups, ratio=ratio, dtype=dtype)
     assert config.stages >= config.crew and config.stages % config.crew == 0
     source = cuda_attention.source(config)
-    assert nvrtc.compiled(source, ("--gpu-architecture=sm_90a", "--std=c++17")).startswith(b"\x7fELF")
+    for architecture in ("sm_90a", "sm_100a"):
+        options = f"--gpu-architecture={architecture}", "--std=c++17"
+        assert nvrtc.compiled(source, options).startswith(b"\x7fELF")
 
 
 @pytest.mark.parametrize(("group", "zero"), [(128, False), (96, True), (0, False)])
