@@ -22,7 +22,6 @@ import ctypes
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.resources import files
 
 import torch
 from torch import Tensor
@@ -100,15 +99,10 @@ class Config:
         }  # fmt: skip
 
 
-@lru_cache(maxsize=1)
-def _text() -> str:
-    return (files("fewbits.kernels") / "cuda" / "kv_attention.cu").read_text(encoding="utf-8")
-
-
 @lru_cache(maxsize=256)
 def source(config: Config) -> str:
     """kv_attention.cu for one configuration."""
-    return "".join(f"#define {name} {value}\n" for name, value in config.macros.items()) + _text()
+    return nvrtc.program(config.macros, "kv_attention")
 
 
 class _Cache(ctypes.Structure):

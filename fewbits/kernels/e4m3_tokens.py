@@ -16,7 +16,6 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.resources import files
 
 import torch
 from torch import Tensor
@@ -43,8 +42,7 @@ def source(dtype: torch.dtype, columns: int, part: int) -> str:
     """e4m3_tokens.cu for x of `dtype` with `columns`, and sums of `part` of them."""
     threads, chunks = shape(columns)
     macros = {"INPUT": _INPUTS[dtype], "THREADS": threads, "CHUNKS": chunks, "PART": part}
-    text = (files("fewbits.kernels") / "cuda" / "e4m3_tokens.cu").read_text(encoding="utf-8")
-    return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + text
+    return nvrtc.program(macros, "e4m3_tokens")
 
 
 def shape(columns: int) -> tuple[int, int]:

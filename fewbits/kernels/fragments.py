@@ -26,7 +26,6 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.resources import files
 
 import torch
 from torch import Tensor
@@ -43,11 +42,6 @@ class _Weight(ctypes.Structure):
         ("words", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("zero", ctypes.c_void_p), ("units", ctypes.c_int),
         ("tiles", ctypes.c_int),
     ]  # fmt: skip
-
-
-@lru_cache(maxsize=4)
-def _text(name: str) -> str:
-    return (files("fewbits.kernels") / "cuda" / f"{name}.cu").read_text(encoding="utf-8")
 
 
 def _wgmma(name: str, nt: int, kinds: str, sign: str = "1, 1, 0") -> str:
@@ -83,9 +77,8 @@ _DEFAULTS = {
 def source(layout: Layout, config: Config | None) -> str:
     """The kernel of `config` for one layout; None: `dense`."""
     defined = {**_DEFAULTS, **layout.macros, **(config.macros if config else {})}
-    lines = "".join(f"#define {name} {value}\n" for name, value in defined.items())
-    text = _text("fragments") + _text(config.name if config else "dense")
-    return lines + (text.replace("@WGMMA@", _products(config.nt, layout)) if isinstance(config, Many) else text)
+    text = nvrtc.program(defined, "fragments", config.name if config else "dense")
+    return text.replace("@WGMMA@", _products(config.nt, layout)) if isinstance(config, Many) else text
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:

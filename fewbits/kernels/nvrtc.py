@@ -13,8 +13,9 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,17 @@ def folder() -> Path:
     """Where compiled kernels and measured choices are kept."""
     named = os.environ.get("FEWBITS_CACHE")
     return Path(named) if named else Path.home() / ".cache" / "fewbits"
+
+
+@lru_cache(maxsize=8)
+def _text(name: str) -> str:
+    return (files("fewbits.kernels") / "cuda" / f"{name}.cu").read_text(encoding="utf-8")
+
+
+def program(macros: Mapping[str, int], *names: str) -> str:
+    """The source of a kernel: macros, cuda/instructions.cu, then cuda/NAME.cu for each of `names`."""
+    lines = [f"#define {name} {value}\n" for name, value in macros.items()]
+    return "".join([*lines, *map(_text, ("instructions", *names))])
 
 
 def compiled(source: str, options: Sequence[str]) -> bytes:

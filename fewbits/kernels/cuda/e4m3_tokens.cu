@@ -4,22 +4,7 @@
 // Macros. INPUT (0 bfloat16, 1 float16, 2 float32); THREADS of a block, which rounds a token; CHUNKS of 16 columns of a
 // thread, kept in registers between finding the largest magnitude and rounding; PART columns a sum.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-typedef unsigned long long u64;
-
-#define DEVICE __device__ __forceinline__
-
-DEVICE float wide(u16 bits) {
-  float out;
-#if INPUT == 1
-  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(bits));
-#else
-  out = __uint_as_float((u32)bits << 16);
-#endif
-  return out;
-}
+DEVICE float wide(u16 bits) { return INPUT == 1 ? low_half(bits) : __uint_as_float((u32)bits << 16); }
 
 // 16 columns of a token from `column` on, zeros past the last. `aligned`: every row begins on 16 bytes, K is a multiple
 // of 8.
@@ -63,11 +48,9 @@ DEVICE u32 largest_of_warp(u32 bits) {
 DEVICE u32 round_two(float low, float high, float& sum) {
   u16 two;
   u32 halves;
-  float a, b;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(high), "f"(low));
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(two));
-  asm("{.reg .b16 l,h; mov.b32 {l,h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(a), "=f"(b) : "r"(halves));
-  sum += a + b;
+  sum += low_half(halves) + high_half(halves);
   return two;
 }
 
@@ -77,8 +60,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                  int aligned) {
   __shared__ u32 largest[THREADS / 32];
   __shared__ float partial[CHUNKS * THREADS];  // of 16 columns
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");  // the product begins to read its weights
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  let_next_start();  // the product begins to read its weights
+  wait_for_inputs();
 
   const u8* const row = x + blockIdx.x * pitch;
   float v[CHUNKS][16];

@@ -18,13 +18,6 @@
 // (one for all); HALF (float16 in and out, else bfloat16); E4M3 (tokens are rounded to it: codes of 4 bits only); RT tiles of
 // 16 rows per warp. Those of one kernel are named in its file.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-typedef unsigned long long u64;
-
-#define DEVICE __device__ __forceinline__
-
 // A block is what a thread reads at once: WORDS words for STEPS tiles along the columns.
 #if BITS == 4
 constexpr int WORDS = 4, STEPS = 4;
@@ -49,8 +42,6 @@ constexpr int SCALES = GROUP ? UNIT / GROUP : 0;
 extern __shared__ __align__(1024) u8 memory[];  // begins with the table of pairs, where there is one
 
 // ---------------------------------------------------------------- instructions
-
-DEVICE u32 lane_id() { return threadIdx.x & 31; }
 
 DEVICE void load4(const u32* from, u32* to) {
   asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -98,18 +89,9 @@ DEVICE u32 pair(float low, float high) {
   u32 out; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low)); return out;
 }
 #endif
-DEVICE float low_half(u32 word) {
-  float out; asm("{.reg .b16 l,h; mov.b32 {l,h}, %1; cvt.f32.f16 %0, l;}" : "=f"(out) : "r"(word)); return out;
-}
-DEVICE float high_half(u32 word) {
-  float out; asm("{.reg .b16 l,h; mov.b32 {l,h}, %1; cvt.f32.f16 %0, h;}" : "=f"(out) : "r"(word)); return out;
-}
 DEVICE float first_of(u32 pair) { return HALF ? low_half(pair) : __uint_as_float(pair << 16); }
 DEVICE float second_of(u32 pair) { return HALF ? high_half(pair) : __uint_as_float(pair & 0xffff0000u); }
 DEVICE float sum_of(u32 pair) { return first_of(pair) + second_of(pair); }
-DEVICE u32 shared_address(const void* pointer) {
-  u64 out; asm("cvta.to.shared.u64 %0, %1;" : "=l"(out) : "l"(pointer)); return (u32)out;
-}
 DEVICE void copy16(u32 to, const void* from, bool real) {  // zeros where not real
   int bytes = real ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
@@ -159,18 +141,6 @@ DEVICE void tokens_of_two_steps(u32 address, u32* b) {
                : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(address));
 }
 
-// The kernel before in the stream may still run when this one starts (programmatic dependent launch): weights are read
-// at once, what it writes only from here on.
-DEVICE void wait_for_inputs() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-DEVICE void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 DEVICE u32 address_in(u32 address, u32 rank) {  // of the same place in another block of the cluster

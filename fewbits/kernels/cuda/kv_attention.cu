@@ -15,13 +15,6 @@
 // Macros. BITS; D channels; GROUPS of them with scales of their own; HEADS that a block takes, 4 or 8, of RATIO that
 // read one key-value head; QUERY (0 float32, 1 float16, 2 bfloat16); TEAMS of four warps; STAGES of the ring.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-typedef unsigned long long u64;
-
-#define DEVICE __device__ __forceinline__
-
 constexpr int TILE = 128, SLICE = 32;
 constexpr int HALVES = 8 / BITS, ROW = D / HALVES;             // bytes of a token
 constexpr int OWN = GROUPS > HALVES ? GROUPS / HALVES : 1;     // groups of half a token (of 4 bits), or of a whole one
@@ -66,27 +59,6 @@ extern __shared__ __align__(1024) u8 memory[];
 
 // ---------------------------------------------------------------- instructions
 
-DEVICE u32 shared_address(const void* pointer) {
-  u64 out; asm("cvta.to.shared.u64 %0, %1;" : "=l"(out) : "l"(pointer)); return (u32)out;
-}
-DEVICE void barrier_init(u64* barrier, u32 arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
-DEVICE void barrier_arrive(u64* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-DEVICE void barrier_expect(u64* barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-               : "memory");
-}
-DEVICE void barrier_wait(u64* barrier, u32 parity) {
-  asm volatile("{.reg .pred p;\nagain_%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra again_%=;}"
-               ::"r"(shared_address(barrier)), "r"(parity) : "memory");
-}
-DEVICE void bring(void* to, const void* from, u32 bytes, u64* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
-}
 DEVICE void meet() {  // the warps that multiply
   asm volatile("barrier.sync 1, %0;" ::"n"(32 * MULTIPLIERS) : "memory");
 }
@@ -103,12 +75,6 @@ DEVICE float power_of_2(float x) { float out; asm("ex2.approx.ftz.f32 %0, %1;" :
 DEVICE float other(float x, int lanes) { return __shfl_xor_sync(~0u, x, lanes); }
 DEVICE int largest_of(int a, int b) { return a > b ? a : b; }
 DEVICE int least_of(int a, int b) { return a < b ? a : b; }
-DEVICE float low_half(u32 word) {
-  float out; asm("{.reg .b16 l,h; mov.b32 {l,h}, %1; cvt.f32.f16 %0, l;}" : "=f"(out) : "r"(word)); return out;
-}
-DEVICE float high_half(u32 word) {
-  float out; asm("{.reg .b16 l,h; mov.b32 {l,h}, %1; cvt.f32.f16 %0, h;}" : "=f"(out) : "r"(word)); return out;
-}
 DEVICE float as_float(Query x) {
 #if QUERY == 0
   return x;
@@ -158,7 +124,7 @@ struct Line {
 
 DEVICE Line line_of(const Cache& cache) {
   int tiles = 0;
-  for (int batch = threadIdx.x & 31; batch < cache.batches; batch += 32) tiles += tiles_of(cache, batch);
+  for (int batch = lane_id(); batch < cache.batches; batch += 32) tiles += tiles_of(cache, batch);
   const u32 all = (u32)__reduce_add_sync(~0u, tiles) * (u32)(cache.heads * PARTS);
   const u32 blocks = all < gridDim.x ? all : gridDim.x;
   return {blocks, all / blocks, all % blocks};
@@ -182,7 +148,7 @@ DEVICE void next_unit(const Cache& cache, Place& at) {
 // ---------------------------------------------------------------- bringing
 
 DEVICE void bring_tiles(const Cache& cache, Shared& shared, int side, Place at, u32 count) {
-  if ((threadIdx.x & 31) != 0) return;
+  if (lane_id() != 0) return;
   const u8* codes = side ? cache.values : cache.keys;
   const u8* params = (const u8*)(side ? cache.value_params : cache.key_params);
 #pragma unroll 1
@@ -191,10 +157,10 @@ DEVICE void bring_tiles(const Cache& cache, Shared& shared, int side, Place at, 
     const u32 slot = n % STAGES;
     u8* to = shared.ring[slot] + side * SIDE;
     u64* full = (side ? shared.values_full : shared.keys_full) + slot;
-    if (n >= STAGES) barrier_wait(shared.empty + slot, (n / STAGES - 1) & 1);
-    barrier_expect(full, SIDE);
-    bring(to, codes + place * CODES, CODES, full);
-    bring(to + CODES, params + place * PARAMS, PARAMS, full);
+    if (n >= STAGES) barrier_wait(shared_address(shared.empty + slot), (n / STAGES - 1) & 1);
+    barrier_expect(shared_address(full), SIDE);
+    read_bytes(shared_address(to), codes + place * CODES, CODES, shared_address(full));
+    read_bytes(shared_address(to + CODES), params + place * PARAMS, PARAMS, shared_address(full));
     if (++at.tile == at.tiles) next_unit(cache, at);
   }
 }
@@ -213,7 +179,7 @@ struct Queries {
 // A warp rounds a head to fixed point, into shared memory: done by all warps alike, it takes longer than a tile.
 DEVICE void round_query(Shared& shared, int head, const Query* q, bool real, float scale) {
   constexpr int EACH = D / 32;  // channels of a lane
-  const int lane = threadIdx.x & 31;
+  const int lane = lane_id();
   float x[EACH], reach = 1e-20f;
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
@@ -238,7 +204,7 @@ DEVICE void round_query(Shared& shared, int head, const Query* q, bool real, flo
 }
 
 DEVICE void load_queries(Queries& to, const Shared& shared) {
-  const int g = (threadIdx.x & 31) >> 2, c = threadIdx.x & 3;
+  const int g = lane_id() >> 2, c = threadIdx.x & 3;
 #pragma unroll
   for (int t = 0; t < COLUMNS; t++) {
 #pragma unroll
@@ -284,7 +250,7 @@ DEVICE void load_params(u32 (&to)[GROUPS][4], const u8* params, int slice, int g
 
 // Scores of this thread's 4 tokens.
 DEVICE void scores_of(float (&score)[COLUMNS][4], const Queries& q, const u8* keys, int slice, int real) {
-  const int g = (threadIdx.x & 31) >> 2, c = threadIdx.x & 3;
+  const int g = lane_id() >> 2, c = threadIdx.x & 3;
   u32 params[GROUPS][4];
   load_params(params, keys + CODES, slice, g, real);
 #pragma unroll
@@ -337,7 +303,7 @@ DEVICE float log2_bound(float x) {
 }
 
 DEVICE void add_slice(State& state, const float (&score)[COLUMNS][4], const u8* values, int slice, int real) {
-  const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+  const int lane = lane_id(), g = lane >> 2, c = lane & 3;
   u32 params[GROUPS][4];
   load_params(params, values + CODES, slice, g, real);
   float scale[GROUPS][4], minimum[GROUPS][4], bound[4];
@@ -431,7 +397,7 @@ constexpr int MULTIPLYING = 32 * MULTIPLIERS;  // threads
 
 // Sums of all warps, relative to the largest score of all, into shared memory.
 DEVICE void leave(const State& state, Shared& shared, int warp) {
-  const int g = (threadIdx.x & 31) >> 2, c = threadIdx.x & 3;
+  const int g = lane_id() >> 2, c = threadIdx.x & 3;
   float weight[COLUMNS], minima[COLUMNS][GROUPS];
 #pragma unroll
   for (int t = 0; t < COLUMNS; t++) {
@@ -554,14 +520,14 @@ DEVICE void join(const State& state, Shared& shared, const Pieces& pieces, const
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 decode(Cache cache, const Query* __restrict__ q, Query* __restrict__ out, Pieces pieces, float scale) {
   Shared& shared = *(Shared*)memory;
-  const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;  // the compiler sees it is uniform
+  const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = lane_id();  // the compiler sees it is uniform
   if (threadIdx.x < STAGES) {
-    barrier_init(shared.keys_full + threadIdx.x, 1);
-    barrier_init(shared.values_full + threadIdx.x, 1);
-    barrier_init(shared.empty + threadIdx.x, 4);
+    barrier_init(shared_address(shared.keys_full + threadIdx.x), 1);
+    barrier_init(shared_address(shared.values_full + threadIdx.x), 1);
+    barrier_init(shared_address(shared.empty + threadIdx.x), 4);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  asm volatile("griddepcontrol.wait;" ::: "memory");  // the kernel before may have written all that is read here
+  wait_for_inputs();  // all that is read here
   const Line line = line_of(cache);
   __syncthreads();
   if (blockIdx.x >= line.blocks) return;
@@ -589,7 +555,7 @@ decode(Cache cache, const Query* __restrict__ q, Query* __restrict__ out, Pieces
       const u32 slot = (n + i) % STAGES, parity = (n + i) / STAGES & 1;
       const u8* stage = shared.ring[slot];
       const int left = length - (int)(at.tile + i) * TILE - SLICE * slice;  // tokens, from the first of the slice
-      barrier_wait(shared.keys_full + slot, parity);
+      barrier_wait(shared_address(shared.keys_full + slot), parity);
       float score[COLUMNS][4];
       if (left > 0) {
         scores_of(score, queries, stage, slice, left);
@@ -601,13 +567,13 @@ decode(Cache cache, const Query* __restrict__ q, Query* __restrict__ out, Pieces
               if (4 * (lane >> 2) + k >= left) score[t][k] = NOTHING;
         }
       }
-      barrier_wait(shared.values_full + slot, parity);
+      barrier_wait(shared_address(shared.values_full + slot), parity);
       if (left > 0) add_slice(state, score, stage + SIDE, slice, left);
       __syncwarp();
-      if (lane == 0) barrier_arrive(shared.empty + slot);
+      if (lane == 0) barrier_arrive(shared_address(shared.empty + slot));
     }
     // The next kernel in the stream may take the places of blocks that are done while the last ones join.
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    let_next_start();
     join(state, shared, pieces, line, begin + n - at.tile, at.tiles, out + row * D, real, warp);
     n += count;
     next_unit(cache, at);
