@@ -45,25 +45,18 @@ class Few:
         return min(-(-n // (16 * self.rt)), max(1, sms * self.per_sm // self.split))
 
     def shared(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
-        rows, units = 16 * self.rt, -(-k // layout.unit)
+        rows = 16 * self.rt
         strips = -(-n // rows)
         most = -(-strips // self.places(n, sms))
         parts = most + self.warps
-        width = -(-units // self.split) * layout.unit
+        width = -(-layout.units(k) // self.split) * layout.unit
         tokens = (m if self.mt == 1 else self.tokens) * (2 * width + 16)
         sums = 4 * width // layout.grain * self.tokens if layout.grain else 0
-        groups = layout.unit // layout.group if layout.group else 0
-        slot = self.rt * (2 * layout.unit * layout.bits + groups * (48 if layout.zero else 32))
+        slot = self.rt * (2 * layout.unit * layout.bits + layout.groups * (48 if layout.zero else 32))
         ring = self.warps * self.ring * slot if self.staged else 0
-        return (
-            layout.table_bytes
-            + ring
-            + 4 * most * rows
-            + 4 * (-(-most // 4) * 4)
-            + 4 * parts * self.tokens * (rows + 4)
-            + sums
-            + tokens
-        )
+        sums_of_parts = 4 * parts * self.tokens * (rows + 4)
+        per_strip = 4 * (most * rows + -(-most // 4) * 4)  # alpha, and which warps have parts
+        return layout.table_bytes + ring + per_strip + sums_of_parts + sums + tokens
 
     def grid(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
         return self.places(n, sms) * self.split
@@ -117,10 +110,8 @@ class Many:
         return self.nt
 
     def shared(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
-        groups = layout.unit // layout.group if layout.group else 0
-        weights = self.rows * layout.unit * layout.bits // 8 + self.rows * groups * (
-            3 if layout.zero and not layout.e4m3 else 2
-        )
+        of_group = 3 if layout.zero and not layout.e4m3 else 2  # bytes a row: a scale, and a zero point
+        weights = self.rows * (layout.unit * layout.bits // 8 + layout.groups * of_group)
         stage = self.nt * (1 if layout.e4m3 else 2) * layout.unit + weights
         turned = 32 * self.rows * (1 if self.nt // 16 % 2 else 2)
         exchanged = 4 * self.rows * self.nt if self.split > 1 else 0
@@ -130,7 +121,7 @@ class Many:
         tiles = self.tiles(n, m)
         if self.split > 1:
             return tiles * self.split
-        runs = -(-tiles * -(-k // layout.unit) // _LEAST_UNITS) if self.share else tiles
+        runs = -(-tiles * layout.units(k) // _LEAST_UNITS) if self.share else tiles
         return min(self.per_sm * sms, runs, nvrtc.COUNTERS)
 
     def tiles(self, n: int, m: int) -> int:
@@ -163,7 +154,7 @@ def runs_on(config: Config, capability: int) -> bool:
 
 def fits(config: Config, layout: Layout, n: int, k: int, m: int, sms: int, limit: int = SHARED_LIMIT) -> bool:
     """Whether the configuration takes m tokens, and its blocks no more than `limit` bytes of shared memory."""
-    if config.split > -(-k // layout.unit) or (isinstance(config, Few) and (layout.e4m3 or m > config.tokens)):
+    if config.split > layout.units(k) or (isinstance(config, Few) and (layout.e4m3 or m > config.tokens)):
         return False
     if isinstance(config, Many):
         if layout.e4m3 and not config.apart:
@@ -173,6 +164,6 @@ def fits(config: Config, layout: Layout, n: int, k: int, m: int, sms: int, limit
         blocks = config.grid(layout, n, k, m, sms)
         if config.split > 1 and blocks > config.per_sm * sms:
             return False
-        if -(-k // layout.unit) * blocks**2 >= 1 << 31:
+        if layout.units(k) * blocks**2 >= 1 << 31:
             return False
     return config.shared(layout, n, k, m, sms) <= limit

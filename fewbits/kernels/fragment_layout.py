@@ -55,6 +55,15 @@ class Layout:
         return math.lcm(_BLOCK_COLUMNS, self.group or 1)
 
     @property
+    def groups(self) -> int:
+        """Of a unit; 0 where a row has one scale."""
+        return self.unit // self.group if self.group else 0
+
+    def units(self, columns: int) -> int:
+        """That so many columns take."""
+        return -(-columns // self.unit)
+
+    @property
     def grain(self) -> int:
         """Columns whose tokens are added up for what `few` takes off its sums; 0: nothing is."""
         return 0 if self.table or self.bits == 8 else math.gcd(_BLOCK_COLUMNS, self.group)
@@ -168,7 +177,7 @@ def _unpack_three(words: Tensor, table: bool) -> Tensor:
 
 def pack_groups(values: Tensor, columns: int, layout: Layout) -> Tensor:
     """[N, G] of one value per row and group -> [tiles, groups, 8, 2]: rows g and g + 8 together, padding zeros."""
-    groups = -(-columns // layout.unit) * layout.unit // layout.group
+    groups = layout.units(columns) * layout.groups
     values = functional.pad(values, (0, groups - values.shape[1], 0, -values.shape[0] % ROWS))
     return values.reshape(-1, 2, 8, groups).permute(0, 3, 2, 1).contiguous()
 

@@ -107,12 +107,11 @@ def _e4m3_arguments(x: Rounded, weight: Packed, layout: Layout, config: Many) ->
     each at once, and the tokens' scales."""
     tiles, rows = weight.words.shape[0], config.rows // 16
     words = weight.words.view(tiles, -1).view(torch.int64)
-    groups = layout.unit // layout.group if layout.group else 1
     scales = (weight.scale if layout.group else weight.words).view(tiles, -1).view(torch.int32)
     return (
         nvrtc.tensor_map(x.sums, (config.nt, 64)),
         nvrtc.tensor_map(words, (rows, 32 * layout.bits), swizzled=False),
-        nvrtc.tensor_map(scales, (rows, 8 * groups), swizzled=False),
+        nvrtc.tensor_map(scales, (rows, 8 * max(1, layout.groups)), swizzled=False),
         _pointer(x.scale),
     )
 

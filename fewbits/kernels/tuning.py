@@ -91,7 +91,7 @@ def random_weight(layout: Layout, n: int, k: int, device: torch.device) -> fragm
     """A weight of random codes in the packed order."""
     _, units, size = pack(torch.zeros(ROWS, k, dtype=torch.uint8), layout).shape
     tiles = -(-n // ROWS) * ROWS // 16
-    scales = (tiles, units * layout.unit // layout.group if layout.group else 0, 8, 2)
+    scales = (tiles, units * layout.groups, 8, 2)
     words = torch.randint(-(2**31), 2**31 - 1, (tiles, units, size), device=device, dtype=torch.int32)
     zero = torch.randint(0, 1 << layout.bits, scales, device=device, dtype=torch.uint8)
     levels = torch.randn(1 << layout.bits, device=device)
