@@ -79,7 +79,10 @@ def fragments_linear(
 
 
 @fragments_linear.register_fake
-def _(x, words, scale, zero, alpha, table, bits, group, offset):  # type: ignore[no-untyped-def]
+def _(
+    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, alpha: Tensor, table: Tensor | None, bits: int,
+    group: int, offset: int,
+) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], alpha.shape[0])
 
 
@@ -114,7 +117,7 @@ def fragments_e4m3_linear(
 
 
 @fragments_e4m3_linear.register_fake
-def _(x, words, scale, zero, alpha, group, offset):  # type: ignore[no-untyped-def]
+def _(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, alpha: Tensor, group: int, offset: int) -> Tensor:
     dtype = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
     return x.new_empty(x.shape[0], alpha.shape[0], dtype=dtype)
 
@@ -137,7 +140,7 @@ class CudaFragments:
         major, minor = torch.cuda.get_device_capability(spec.device)
         if major < 8:
             return No(f"it needs compute capability 8.0, this GPU has {major}.{minor}")
-        own = layout_for(spec)
+        own = layout_for(spec)  # asks the GPU
         products = "E4M3 products" if isinstance(own, Layout) and own.e4m3 else "products in 16 bits"
         return Yes(f"{spec.format.bits} bits per weight in memory, {products}")
 
@@ -173,15 +176,16 @@ class CudaFragments:
     def linear(self, x: Tensor, packed: Packed, spec: LinearSpec) -> Tensor:
         out, columns = spec.shape
         rows, token_scale = x.reshape(-1, columns), None
-        layout = layout_for(spec)
-        if isinstance(layout, Layout) and layout.e4m3 and rows.shape[0]:
-            rows = rows if rows.dtype in (torch.float16, torch.bfloat16) else rows.float()
-            y: Tensor = fragments_e4m3_linear(
-                rows, packed["weight"], packed["scales"], packed.get("zeros"), packed["alpha"], layout.group,
-                layout.offset,
-            )  # fmt: skip
-            return y.to(x.dtype).reshape(*x.shape[:-1], out)
         if spec.activations is not None:
+            layout = layout_for(spec)
+            assert isinstance(layout, Layout)
+            if layout.e4m3 and rows.shape[0]:
+                rows = rows if rows.dtype in (torch.float16, torch.bfloat16) else rows.float()
+                y: Tensor = fragments_e4m3_linear(
+                    rows, packed["weight"], packed["scales"], packed.get("zeros"), packed["alpha"], layout.group,
+                    layout.offset,
+                )  # fmt: skip
+                return y.to(x.dtype).reshape(*x.shape[:-1], out)
             rows, token_scale = split_levels(rows, spec.activations, packed)
         half = x.dtype == torch.float16 and token_scale is None
         y = self._multiply(rows.to(torch.float16 if half else torch.bfloat16), packed, spec)
