@@ -147,8 +147,15 @@ class TensorMap(ctypes.Structure):
 
 
 def tensor_map(x: Tensor, box: tuple[int, int], swizzled: bool = True) -> TensorMap:
-    """x [rows, columns] of 16-bit floats or bytes, contiguous, rows of a multiple of 16 bytes, read in boxes of (rows,
-    columns) with a 128-byte swizzle; zeros beyond its edges."""
+    """x [rows, columns], contiguous, rows of a multiple of 16 bytes, read in boxes of (rows, columns), with a 128-byte
+    swizzle or none; zeros beyond its edges."""
+    return _tensor_map(x.data_ptr(), x.dtype, *x.shape, box, swizzled)
+
+
+@lru_cache(maxsize=4096)  # those of a model's weights: an address and a shape are all that is in one
+def _tensor_map(
+    address: int, dtype: torch.dtype, rows: int, columns: int, box: tuple[int, int], swizzled: bool
+) -> TensorMap:
     from cuda.bindings import driver
 
     kinds = driver.CUtensorMapDataType
@@ -158,14 +165,14 @@ def tensor_map(x: Tensor, box: tuple[int, int], swizzled: bool = True) -> Tensor
         torch.uint8: "UINT8",
         torch.int32: "INT32",
         torch.int64: "INT64",
-    }[x.dtype]
+    }[dtype]
     made = _check(
         driver.cuTensorMapEncodeTiled(
             getattr(kinds, f"CU_TENSOR_MAP_DATA_TYPE_{kind}"),
             2,
-            x.data_ptr(),
-            [driver.cuuint64_t(x.shape[1]), driver.cuuint64_t(x.shape[0])],
-            [driver.cuuint64_t(x.element_size() * x.shape[1])],
+            address,
+            [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
+            [driver.cuuint64_t(dtype.itemsize * columns)],
             [driver.cuuint32_t(box[1]), driver.cuuint32_t(box[0])],
             [driver.cuuint32_t(1), driver.cuuint32_t(1)],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
