@@ -463,6 +463,8 @@ def test_the_benchmark_measures_and_draws(dense: Path, clock: Clock) -> None:
     import make_auto_page
     from matplotlib.figure import Figure
 
+    from fewbits.report.figure import styled
+
     small = {name: SMALL[name] for name in ("samples", "sequence_length", "eval_samples")}
     given: list[tuple[str, float | None]] = [("rtn", None), ("auto", 0.05), ("auto", 1.0)]
     rows = [bench_auto.measure(str(dense), "W3A16_ASYM", 32, method, minutes, **small) for method, minutes in given]
@@ -472,5 +474,6 @@ def test_the_benchmark_measures_and_draws(dense: Path, clock: Clock) -> None:
     assert make_auto_page.table(record).count("\n") == 4
     for wide in (True, False):
         canvas = Figure()
-        make_auto_page.draw(canvas, wide, record)
+        with styled():
+            make_auto_page.draw(canvas, wide, record)
         assert len(canvas.axes) == 1
