@@ -29,9 +29,9 @@ def _shapes(given: list[str]) -> dict[str, tuple[int, int]]:
 def _tune(formats: list[str], shapes: dict[str, tuple[int, int]], tokens: list[int]) -> Path:
     import torch
 
-    from fewbits.core.record import environment, write_json
+    from fewbits.core.record import environment
     from fewbits.formats.scheme import parse_scheme
-    from fewbits.kernels import LinearSpec, nvrtc, tuned
+    from fewbits.kernels import LinearSpec, tuned
     from fewbits.kernels.base import No
     from fewbits.kernels.cuda_fragments import layout_for
     from fewbits.kernels.tuning import tune
@@ -50,13 +50,8 @@ def _tune(formats: list[str], shapes: dict[str, tuple[int, int]], tokens: list[i
         if isinstance(layout := layout_for(spec), No):
             raise Unsupported(f"{name} is not for these kernels: {layout.reason}")
         cases += tune(layout, list(shapes.values()), tokens, device, message)
-    path = nvrtc.folder() / "tuned" / tuned.file_name(torch.cuda.get_device_name(device))
-    path.parent.mkdir(parents=True, exist_ok=True)
     major, _ = torch.cuda.get_device_capability(device)
-    found = {"device": torch.cuda.get_device_name(device), "capability": major, "environment": environment()}
-    write_json(path, {"version": tuned.VERSION, **found, "cases": cases})
-    tuned.cases.cache_clear()
-    return path
+    return tuned.keep(torch.cuda.get_device_name(device), major, environment(), cases)
 
 
 @app.command("kernels")

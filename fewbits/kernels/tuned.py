@@ -25,6 +25,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from fewbits.core.record import write_json
 from fewbits.kernels import nvrtc
 from fewbits.kernels.fragment_choices import SHARED_LIMIT, Config, Few, Many, fits, runs_on
 from fewbits.kernels.fragment_layout import Layout
@@ -51,25 +52,61 @@ def file_name(device: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split()) + ".json"
 
 
+_PRODUCT = ("bits", "table", "group", "n", "k", "m")
+
+
+def _product(row: dict[str, Any]) -> tuple[Any, ...]:
+    return *(row[name] for name in _PRODUCT), row.get("e4m3", False)
+
+
 def _case(row: dict[str, Any]) -> Case:
     kind = KERNELS.get(row["kernel"])
-    shape = {name: row[name] for name in ("bits", "table", "group", "n", "k", "m")}
-    return Case(**shape, e4m3=row.get("e4m3", False), config=None if kind is None else kind(**row["choices"]))
+    config = None if kind is None else kind(**row["choices"])
+    return Case(**{name: row[name] for name in _PRODUCT}, e4m3=row.get("e4m3", False), config=config)
+
+
+def _shipped() -> list[Path]:
+    return sorted(Path(str(entry)) for entry in (files("fewbits.kernels") / "tuned").iterdir())
+
+
+def _own(device: str) -> Path:
+    return nvrtc.folder() / "tuned" / file_name(device)
+
+
+def _of(device: str) -> list[Path]:
+    """Files of this very device, the one that goes first before the other."""
+    return [_own(device), *(path for path in _shipped() if path.name == file_name(device))]
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    """What a file holds; None where there is none, or one of other choices."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found if found.get("version") == VERSION else None
 
 
 @lru_cache(maxsize=8)
 def cases(device: str, capability: int) -> tuple[Case, ...]:
     """The cases measured on `device`, else on another of its capability; empty where there are none."""
-    own = nvrtc.folder() / "tuned" / file_name(device)
-    shipped = [Path(str(entry)) for entry in (files("fewbits.kernels") / "tuned").iterdir()]
-    found = [own, *(path for path in shipped if path.name == file_name(device))]
-    for path in [*found, *sorted(shipped)]:
-        if not path.is_file():
-            continue
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record.get("version") == VERSION and (path in found or record["capability"] == capability):
+    of_device = _of(device)
+    for path in [*of_device, *_shipped()]:
+        record = _record(path)
+        if record is not None and (path in of_device or record["capability"] == capability):
             return tuple(_case(row) for row in record["cases"])
     return ()
+
+
+def keep(device: str, capability: int, environment: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
+    """Writes what was measured to the cache folder, beside what was known of other products on this device."""
+    known: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for path in reversed(_of(device)):
+        known |= {_product(row): row for row in (_record(path) or {"cases": ()})["cases"]}
+    known |= {_product(row): row for row in rows}
+    record = {"version": VERSION, "device": device, "capability": capability, "environment": environment}
+    path = _own(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**record, "cases": list(known.values())})
+    cases.cache_clear()
+    return path
 
 
 def _distance(case: Case, layout: Layout, n: int, k: int, m: int) -> float:

@@ -172,3 +172,23 @@ def test_staged_units_leave_the_registers_to_the_next_product() -> None:
     shape = layout(4), 4096, 4096, 1, 132
     unit = 16 * 128 // 2 + 16 * 2  # bytes: codes, and a float16 scale a row
     assert staged.shared(*shape) - kept.shared(*shape) == 16 * 4 * unit
+
+
+def test_tuning_one_format_leaves_the_others_what_they_had(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path))
+    tuned.cases.cache_clear()
+    shape = 4096, 4096
+    before = tuned.choice("NVIDIA H200", 9, layout(3, group=64), *shape, 1, 132)  # shipped
+    product = {"bits": 4, "table": False, "group": 128, "n": 4096, "k": 4096, "m": 1}
+    rounded = dataclasses.replace(layout(4), e4m3=True)
+    for warps in (8, 4):  # the second time it is there already
+        rows = [{**product, "kernel": "few", "choices": {"warps": warps}}]
+        rows += [{**product, "kernel": "many", "choices": {"nt": 16, "apart": True}, "e4m3": True}]
+        path = tuned.keep("NVIDIA H200", 9, {"date": "today"}, rows)
+        assert path.is_relative_to(tmp_path)
+        assert tuned.choice("NVIDIA H200", 9, layout(4), *shape, 1, 132) == Few(warps=warps)
+        assert tuned.choice("NVIDIA H200", 9, rounded, *shape, 1, 132) == Many(nt=16, apart=True)
+        assert tuned.choice("NVIDIA H200", 9, layout(3, group=64), *shape, 1, 132) == before
+    tuned.keep("Another GPU", 9, {}, rows)  # of which nothing was known
+    assert len(tuned.cases("Another GPU", 9)) == 2
+    tuned.cases.cache_clear()
