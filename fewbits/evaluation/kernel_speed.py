@@ -73,10 +73,7 @@ def _ours(name: str) -> Contestant:
             stands_for=weight.dequantize() if w.numel() < 1 << 25 else None,
         )  # fmt: skip
 
-    if inputs is None:
-        return Contestant(name=f"fewbits {name}", hold=hold)
-    rounded = "E4M3" if inputs.name == "fp8_e4m3-token" else inputs.name
-    return Contestant(name=f"fewbits {scheme.weights.name}, {rounded} inputs", hold=hold, least=16)
+    return Contestant(name=f"fewbits {name}", hold=hold, least=1 if inputs is None else 16)
 
 
 def _cublas(w: Tensor) -> Held:
@@ -185,15 +182,8 @@ def measure(
             continue
         for shape, (n, k) in shapes.items():
             say(f"{contestant.name}, {shape}")
-            rows += _times(
-                contestant,
-                shape,
-                n,
-                k,
-                [m for m in tokens if contestant.least <= m <= contestant.most],
-                bandwidth,
-                device,
-            )
+            asked = [m for m in tokens if contestant.least <= m <= contestant.most]
+            rows += _times(contestant, shape, n, k, asked, bandwidth, device)
     return {
         "kind": "kernel speed", "device": torch.cuda.get_device_name(device), "bandwidth": bandwidth,
         "shapes": {name: list(shape) for name, shape in shapes.items()}, "tokens": list(tokens), "rows": rows,
