@@ -30,10 +30,10 @@ DEVICE void copy_unit(Stream& from, int units, u32 slot) {
 #endif
     const u64 first = (u64)(rt * units) * SCALES * 8 - (lane >> 2);  // of this lane's row on
     for (int i = lane; i < 2 * SCALES; i += 32)
-      copy16(slot + SLOT_SCALES + rt * SCALES * 32 + 16 * i, from.scale + first + 4 * i, true);
+      copy16(slot + SLOT_SCALES + rt * SCALES * 32 + 16 * i, from.scale + first + 4 * i);
 #if ZERO
     for (int i = lane; i < SCALES; i += 32)
-      copy16(slot + SLOT_ZEROS + rt * SCALES * 16 + 16 * i, from.zero + first + 8 * i, true);
+      copy16(slot + SLOT_ZEROS + rt * SCALES * 16 + 16 * i, from.zero + first + 8 * i);
 #endif
   }
   from.words += UNIT_WORDS, from.scale += SCALES * 8, from.zero += SCALES * 8;

@@ -92,11 +92,10 @@ DEVICE u32 pair(float low, float high) {
 DEVICE float first_of(u32 pair) { return HALF ? low_half(pair) : __uint_as_float(pair << 16); }
 DEVICE float second_of(u32 pair) { return HALF ? high_half(pair) : __uint_as_float(pair & 0xffff0000u); }
 DEVICE float sum_of(u32 pair) { return first_of(pair) + second_of(pair); }
-DEVICE void copy16(u32 to, const void* from, bool real) {  // zeros where not real
-  int bytes = real ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+DEVICE void copy16(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
-DEVICE void copy4(u32 to, const void* from, bool real) {
+DEVICE void copy4(u32 to, const void* from, bool real) {  // zeros where not real
   int bytes = real ? 4 : 0;
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }

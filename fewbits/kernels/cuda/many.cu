@@ -275,10 +275,10 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
 #if GROUP
           if (copier == 0) {  // what is too small for that engine, 16 bytes a lane
             for (int i = lane; i < 4 * WG * 2 * SCALES; i += 32)
-              copy16(to + SCALES_AT + 16 * i, w.scale + at(i / (2 * SCALES), unit) * (8 * SCALES) + i % (2 * SCALES) * 4, true);
+              copy16(to + SCALES_AT + 16 * i, w.scale + at(i / (2 * SCALES), unit) * (8 * SCALES) + i % (2 * SCALES) * 4);
 #if ZERO
             for (int i = lane; i < 4 * WG * SCALES; i += 32)
-              copy16(to + ZEROS_AT + 16 * i, w.zero + at(i / SCALES, unit) * (8 * SCALES) + i % SCALES * 8, true);
+              copy16(to + ZEROS_AT + 16 * i, w.zero + at(i / SCALES, unit) * (8 * SCALES) + i % SCALES * 8);
 #endif
             barrier_arrive_after_copies(arrived);
           }
