@@ -6,6 +6,7 @@ extern "C" __global__ void __launch_bounds__(256)
   __shared__ __align__(128) u32 staged[8][16][36];
   spread_table(pairs);
   __syncthreads();
+  wait_for_inputs();  // for `out`, which the kernel before may still read
   const int lane = lane_id(), warp = threadIdx.x / 32, g = lane >> 2, c = lane & 3;
   const u64 count = (u64)w.tiles * w.units;
   for (u64 i = (u64)blockIdx.x * 8 + warp; i < count; i += (u64)gridDim.x * 8) {
