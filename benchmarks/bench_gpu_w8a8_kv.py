@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fewbits.core.errors import first_line
 from fewbits.core.record import environment, write_json
 from fewbits.kernels import cuda_attention
 from fewbits.kernels import triton_attention as attention
@@ -53,7 +54,7 @@ def attempt(calls: list[Callable[[], object]]) -> float | None:
     try:
         return microseconds(calls)
     except Exception as error:  # RuntimeError, or whatever Triton makes of a shape it cannot compile
-        print("   ", type(error).__name__, str(error).splitlines()[0][:100])
+        print("   ", first_line(error))
         return None
 
 

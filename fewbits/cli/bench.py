@@ -31,13 +31,13 @@ def _tune(formats: list[str], shapes: dict[str, tuple[int, int]], tokens: list[i
 
     from fewbits.core.record import environment
     from fewbits.formats.scheme import parse_scheme
-    from fewbits.kernels import LinearSpec, tuned
-    from fewbits.kernels.base import No
+    from fewbits.kernels import KERNELS, LinearSpec, tuned
     from fewbits.kernels.cuda_fragments import layout_for
+    from fewbits.kernels.fragment_layout import Layout
     from fewbits.kernels.tuning import tune
 
     device = torch.device("cuda", torch.cuda.current_device())
-    cases: list[dict[str, Any]] = []
+    layouts: dict[Layout, None] = {}  # on some GPUs formats that differ in their inputs have the same
     for name in formats:
         scheme, columns = parse_scheme(name), max(k for _, k in shapes.values())
         spec = LinearSpec(
@@ -47,8 +47,12 @@ def _tune(formats: list[str], shapes: dict[str, tuple[int, int]], tokens: list[i
             dtype=torch.bfloat16,
             activations=scheme.activations,
         )
-        if isinstance(layout := layout_for(spec), No):
-            raise Unsupported(f"{name} is not for these kernels: {layout.reason}")
+        answer, layout = KERNELS.get("cuda_fragments").accepts(spec), layout_for(spec)
+        if not (answer and isinstance(layout, Layout)):
+            raise Unsupported(f"{name} has no choices to search for: {answer}")
+        layouts[layout] = None
+    cases: list[dict[str, Any]] = []
+    for layout in layouts:
         cases += tune(layout, list(shapes.values()), tokens, device, message)
     major, _ = torch.cuda.get_device_capability(device)
     return tuned.keep(torch.cuda.get_device_name(device), major, environment(), cases)

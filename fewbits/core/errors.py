@@ -11,6 +11,12 @@ import difflib
 from collections.abc import Iterable
 
 
+def first_line(error: BaseException, most: int = 120) -> str:
+    """What kind of error it was and the first line of what it said, in one line."""
+    said = str(error).splitlines()
+    return f"{type(error).__name__}: {said[0][:most]}" if said else type(error).__name__
+
+
 class FewbitsError(Exception):
     """A run that failed for a reason the message explains."""
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fewbits.core.errors import Unsupported
+from fewbits.core.errors import Unsupported, first_line
 from fewbits.formats import parse_format
 from fewbits.formats.scheme import parse_scheme
 from fewbits.kernels import KERNELS, LinearSpec, choose
@@ -140,9 +140,8 @@ OTHERS = (
 )
 
 
-def contestants(formats: Iterable[str]) -> Iterator[Contestant]:
-    yield from map(_ours, formats)
-    yield from OTHERS
+def contestants(formats: Iterable[str]) -> list[Contestant]:
+    return [*map(_ours, formats), *OTHERS]
 
 
 def accuracy(contestant: Contestant, device: torch.device) -> dict[str, float]:
@@ -166,18 +165,17 @@ def measure(
     """The record of `fewbits bench kernels`: rows of contestant, shape, tokens, microseconds and the roof's."""
     if device.type != "cuda":
         raise Unsupported("kernels are timed on a CUDA device: run this on a machine with a GPU")
+    asked_for = contestants(formats)
     bandwidth = read_bandwidth(device)
     say(f"read bandwidth {bandwidth / 1e12:.2f} TB/s")
     rows: list[dict[str, Any]] = []
     absent: dict[str, str] = {}
     exact: dict[str, dict[str, float]] = {}
-    for contestant in contestants(formats):
+    for contestant in asked_for:
         try:
             exact[contestant.name] = accuracy(contestant, device)
         except Exception as error:  # others' libraries may fail in any way: said, and left out
-            absent[contestant.name] = (
-                f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-            )
+            absent[contestant.name] = first_line(error)
             say(f"{contestant.name}: not here ({absent[contestant.name]})")
             continue
         for shape, (n, k) in shapes.items():
@@ -187,13 +185,15 @@ def measure(
     return {
         "kind": "kernel speed", "device": torch.cuda.get_device_name(device), "bandwidth": bandwidth,
         "shapes": {name: list(shape) for name, shape in shapes.items()}, "tokens": list(tokens), "rows": rows,
-        "accuracy": exact, "absent": absent,
+        "contestants": list(exact), "accuracy": exact, "absent": absent,
     }  # fmt: skip
 
 
 def _times(
     contestant: Contestant, shape: str, n: int, k: int, tokens: Sequence[int], bandwidth: float, device: torch.device
 ) -> Iterator[dict[str, Any]]:
+    if not tokens:
+        return
     weight = torch.randn(n, k, device=device, dtype=torch.bfloat16) * 0.02
     first = contestant.hold(weight)
     held = [first, *(contestant.hold(weight) for _ in range(copies(first.bytes) - 1))]
@@ -202,7 +202,7 @@ def _times(
         try:
             us = microseconds([lambda one=one: one.product(x) for one in (held if m < 1024 else held[:3])])  # noqa: B023
         except Exception as error:
-            yield {"who": contestant.name, "shape": shape, "tokens": m, "failed": str(error).splitlines()[0][:120]}
+            yield {"who": contestant.name, "shape": shape, "tokens": m, "failed": first_line(error)}
             torch.cuda.synchronize()
             continue
         roof = 1e6 * (first.bytes + 2 * m * (n + k)) / bandwidth

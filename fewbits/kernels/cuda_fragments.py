@@ -53,13 +53,17 @@ def layout_of(format: Format, columns: int, half: bool) -> Layout | No:
     return Layout(bits=format.bits, table=table, group=group, zero=scaling.zero_point, offset=offset, half=half)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=16)
+def _gpu(device: int) -> tuple[str, int, int, int]:
+    """Name, major compute capability, multiprocessors, bytes of shared memory that a thread block can have."""
+    gpu = torch.cuda.get_device_properties(device)
+    return gpu.name, gpu.major, gpu.multi_processor_count, gpu.shared_memory_per_block_optin
+
+
 def config_for(layout: Layout, n: int, k: int, m: int, device: int) -> Config | None:
     """The kernel and its choices for m tokens; None: decode once and multiply by a dense product."""
-    major, _ = torch.cuda.get_device_capability(device)
-    gpu = torch.cuda.get_device_properties(device)
-    sms, limit = gpu.multi_processor_count, gpu.shared_memory_per_block_optin
-    return tuned.choice(gpu.name, major, layout, n, k, m, sms, limit)
+    name, major, multiprocessors, limit = _gpu(device)
+    return tuned.choice(name, major, layout, n, k, m, multiprocessors, limit)
 
 
 @torch.library.custom_op("fewbits::fragments_linear", mutates_args=(), device_types="cuda")
@@ -67,7 +71,9 @@ def fragments_linear(
     x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, alpha: Tensor, table: Tensor | None, bits: int,
     group: int, offset: int,
 ) -> Tensor:  # fmt: skip
-    """x [M, K] bfloat16 or float16 -> [M, N] with N = len(alpha); the rest as fragment_layout.py packs it."""
+    """x [M, K] bfloat16 or float16, contiguous -> [M, N], N = len(alpha); the rest as fragment_layout.py packs it."""
+    if x.data_ptr() % 16:
+        x = x.clone()
     half = x.dtype == torch.float16
     layout = Layout(bits=bits, table=table is not None, group=group, zero=zero is not None, offset=offset, half=half)
     weight = fragments.Packed(
@@ -201,8 +207,6 @@ class CudaFragments:
         if rows.shape[1] % 8:
             rows = functional.pad(rows, (0, -rows.shape[1] % 8))
         rows = rows.contiguous()
-        if rows.data_ptr() % 16:
-            rows = rows.clone()
         y: Tensor = fragments_linear(
             rows, packed["weight"], packed["scales"], packed.get("zeros"), packed["alpha"], packed.get("table"),
             layout.bits, layout.group, layout.offset,

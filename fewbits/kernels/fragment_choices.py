@@ -9,6 +9,7 @@ from fewbits.kernels.fragment_layout import Layout
 
 _LEAST_UNITS = 4  # of a block of `many`: with fewer, adding up takes longer than it saves
 SHARED_LIMIT = 227 << 10  # bytes a thread block can have on Hopper
+_MANY_STATIC = 1 << 10  # of these, what `many` has beside what `shared` counts: barriers, and what alignment takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,13 +110,15 @@ class Many:
     def tokens(self) -> int:
         return self.nt
 
-    def shared(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
+    def ring(self, layout: Layout) -> int:
+        """Bytes of weights and tokens on their way."""
         of_group = 3 if layout.zero and not layout.e4m3 else 2  # bytes a row: a scale, and a zero point
         weights = self.rows * (layout.unit * layout.bits // 8 + layout.groups * of_group)
-        stage = self.nt * (1 if layout.e4m3 else 2) * layout.unit + weights
+        return self.stages * (self.nt * (1 if layout.e4m3 else 2) * layout.unit + weights)
+
+    def shared(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
         turned = 32 * self.rows * (1 if self.nt // 16 % 2 else 2)
-        exchanged = 4 * self.rows * self.nt if self.split > 1 else 0
-        return 1024 + layout.table_bytes + max(self.stages * stage, exchanged) + turned
+        return 1024 + layout.table_bytes + self.ring(layout) + turned
 
     def grid(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
         tiles = self.tiles(n, m)
@@ -164,6 +167,9 @@ def fits(config: Config, layout: Layout, n: int, k: int, m: int, sms: int, limit
         blocks = config.grid(layout, n, k, m, sms)
         if config.split > 1 and blocks > config.per_sm * sms:
             return False
+        if config.split > 1 and 4 * config.rows * config.nt > config.ring(layout):
+            return False  # where blocks leave sums for one another
         if layout.units(k) * blocks**2 >= 1 << 31:
             return False
-    return config.shared(layout, n, k, m, sms) <= limit
+    static = _MANY_STATIC if isinstance(config, Many) else 0
+    return static + config.shared(layout, n, k, m, sms) <= limit

@@ -67,16 +67,10 @@ def _products(nt: int, layout: Layout) -> str:
     return _wgmma("wgmma", nt, f"k16.f32.{dtype}.{dtype}")
 
 
-_DEFAULTS = {
-    "RT": 1, "WARPS": 1, "RESIDENT": 1, "MT": 1, "SPLIT": 1, "RING": 1, "WG": 1, "NT": 8, "SHARE": 0, "APART": 0,
-    "STAGES": 3, "REGISTERS": 0,
-}  # fmt: skip
-
-
 @lru_cache(maxsize=512)
 def source(layout: Layout, config: Config | None) -> str:
     """The kernel of `config` for one layout; None: `dense`."""
-    defined = {**_DEFAULTS, **layout.macros, **(config.macros if config else {})}
+    defined = {**layout.macros, **(config.macros if config else {"RT": 1})}
     text = nvrtc.program(defined, "fragments", config.name if config else "dense")
     return text.replace("@WGMMA@", _products(config.nt, layout)) if isinstance(config, Many) else text
 
@@ -97,7 +91,7 @@ class Packed:
     n: int
     k: int
 
-    def argument(self, layout: Layout) -> _Weight:
+    def argument(self) -> _Weight:
         words, scale, zero = (_pointer(tensor).value for tensor in (self.words, self.scale, self.zero))
         return _Weight(words, scale, zero, self.words.shape[1], self.words.shape[0])
 
@@ -126,7 +120,7 @@ def multiply(x: Tensor | Rounded, weight: Packed, layout: Layout, config: Config
     run = nvrtc.kernel(source(layout, config), config.name, x.device.index)
     sms = run.multiprocessors
     sizes = ctypes.c_int(m), ctypes.c_int(n)
-    held = weight.argument(layout), _pointer(weight.alpha), _pointer(weight.table)
+    held = weight.argument(), _pointer(weight.alpha), _pointer(weight.table)
     if isinstance(config, Few):
         arguments: tuple[nvrtc.Argument, ...] = (*held, _pointer(x), _pointer(y), *sizes, ctypes.c_int(k))
     else:
@@ -147,7 +141,7 @@ def dense(weight: Packed, layout: Layout) -> Tensor:
     out = torch.empty(weight.n, weight.k, dtype=dtype, device=weight.words.device)
     run = nvrtc.kernel(source(layout, None), "dense", out.device.index)
     arguments = (
-        weight.argument(layout), _pointer(weight.alpha), _pointer(weight.table), _pointer(out),
+        weight.argument(), _pointer(weight.alpha), _pointer(weight.table), _pointer(out),
         ctypes.c_int(weight.n), ctypes.c_int(weight.k),
     )  # fmt: skip
     warps = weight.words.shape[0] * weight.words.shape[1]

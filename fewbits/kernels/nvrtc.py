@@ -22,30 +22,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbits.core.errors import Unsupported
+from fewbits.core.errors import FewbitsError, Unsupported, first_line
 from fewbits.core.record import atomic_path
 
 COUNTERS = 1024  # that a kernel can have: one a block
 Argument = ctypes.c_void_p | ctypes.c_int | ctypes.c_longlong | ctypes.Structure
 
 
+@lru_cache(maxsize=1)
 def available() -> str | None:
     """None where kernels can be compiled; else the reason why not."""
     try:
         from cuda.bindings import driver, nvrtc  # noqa: F401
     except ImportError:
         return "cuda-bindings, which compiles kernels, is missing: pip install 'fewbits[cuda]'"
+    try:
+        nvrtc.nvrtcVersion()
+    except Exception as error:  # of the package that looks for the library
+        return f"CUDA's compiler is missing: pip install nvidia-cuda-nvrtc ({first_line(error)})"
     return None
 
 
-def _check(result: tuple[Any, ...]) -> Any:
-    """The value of a call of the bindings, which return (error, value...)."""
+def _check(result: tuple[Any, ...], what: str = "") -> Any:
+    """The value of a call of the bindings, which return (error, value...); what: that was called, for the error."""
     from cuda.bindings import driver
 
     error, *values = result
     if int(error) != 0:
         name = error.name if not isinstance(error, driver.CUresult) else str(driver.cuGetErrorName(error)[1], "ascii")
-        raise RuntimeError(f"CUDA: {name}")
+        raise FewbitsError(f"CUDA: {name}{what and ' ' + what}")
     return values[0] if len(values) == 1 else tuple(values)
 
 
@@ -81,7 +86,11 @@ def compiled(source: str, options: Sequence[str]) -> bytes:
     if int(error) != 0:
         log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
         _check(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"a kernel did not compile ({' '.join(options)}):\n{log.decode(errors='replace')}")
+        made = ".".join(map(str, version))
+        raise Unsupported(
+            f"CUDA's compiler {made} does not compile a kernel with {' '.join(options)}. For a GPU newer than it, "
+            f"install a torch of newer CUDA. It says:\n{log.decode(errors='replace')}"
+        )
     cubin = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
     _check(nvrtc.nvrtcGetCUBIN(program, cubin))
     _check(nvrtc.nvrtcDestroyProgram(program))
@@ -109,7 +118,7 @@ class CudaKernel:
         if (reason := available()) is not None:
             raise Unsupported(reason)
         major, _ = torch.cuda.get_device_capability(device)
-        self.dependent = major >= 9
+        self.name, self.device, self.dependent = name, device, major >= 9
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # makes torch's context the current one
             module = _check(driver.cuModuleLoadData(compiled(source, options(device))))
@@ -119,11 +128,16 @@ class CudaKernel:
         self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
 
     def launch(self, grid: tuple[int, int], threads: int, shared: int, arguments: Sequence[Argument]) -> None:
-        """On torch's current stream. `shared`: bytes of dynamic shared memory."""
+        """On torch's current stream of the device. `shared`: bytes of dynamic shared memory."""
+        with torch.cuda.device(self.device):
+            self._launch(grid, threads, shared, arguments)
+
+    def _launch(self, grid: tuple[int, int], threads: int, shared: int, arguments: Sequence[Argument]) -> None:
         driver = self._driver
         if shared > self._shared:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _check(driver.cuFuncSetAttribute(self.function, attribute, shared))
+            asked = f"asking for {shared} bytes of shared memory for kernel {self.name}"
+            _check(driver.cuFuncSetAttribute(self.function, attribute, shared), asked)
             self._shared = shared
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1)
@@ -136,7 +150,8 @@ class CudaKernel:
             attribute.value.programmaticStreamSerializationAllowed = 1
             config.attrs, config.numAttrs = [attribute], 1
         pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-        _check(driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(pointers), 0))
+        started = f"starting kernel {self.name}, {grid[0]} x {grid[1]} blocks of {threads} threads"
+        _check(driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(pointers), 0), started)
 
 
 class TensorMap(ctypes.Structure):

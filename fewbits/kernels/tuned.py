@@ -25,6 +25,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from fewbits.core.errors import BadInput, first_line
 from fewbits.core.record import write_json
 from fewbits.kernels import nvrtc
 from fewbits.kernels.fragment_choices import SHARED_LIMIT, Config, Few, Many, fits, runs_on
@@ -60,8 +61,7 @@ def _product(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _case(row: dict[str, Any]) -> Case:
-    kind = KERNELS.get(row["kernel"])
-    config = None if kind is None else kind(**row["choices"])
+    config = None if row["kernel"] == "dense" else KERNELS[row["kernel"]](**row["choices"])
     return Case(**{name: row[name] for name in _PRODUCT}, e4m3=row.get("e4m3", False), config=config)
 
 
@@ -78,10 +78,21 @@ def _of(device: str) -> list[Path]:
     return [_own(device), *(path for path in _shipped() if path.name == file_name(device))]
 
 
-def _record(path: Path) -> dict[str, Any] | None:
-    """What a file holds; None where there is none, or one of other choices."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found if found.get("version") == VERSION else None
+def _read(path: Path) -> tuple[int, dict[tuple[Any, ...], dict[str, Any]], tuple[Case, ...]] | None:
+    """Capability, rows by product and cases of a file; None where there is none, or one of other choices."""
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["version"] != VERSION:
+            return None
+        rows = {_product(row): row for row in record["cases"]}
+        return record["capability"], rows, tuple(map(_case, rows.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(
+            f"{path} is no file of measured choices ({first_line(error)}): delete it, or measure again with "
+            "fewbits bench kernels --tune"
+        ) from error
 
 
 @lru_cache(maxsize=8)
@@ -89,9 +100,9 @@ def cases(device: str, capability: int) -> tuple[Case, ...]:
     """The cases measured on `device`, else on another of its capability; empty where there are none."""
     of_device = _of(device)
     for path in [*of_device, *_shipped()]:
-        record = _record(path)
-        if record is not None and (path in of_device or record["capability"] == capability):
-            return tuple(_case(row) for row in record["cases"])
+        found = _read(path)
+        if found is not None and (path in of_device or found[0] == capability):
+            return found[2]
     return ()
 
 
@@ -99,14 +110,21 @@ def keep(device: str, capability: int, environment: dict[str, Any], rows: list[d
     """Writes what was measured to the cache folder, beside what was known of other products on this device."""
     known: dict[tuple[Any, ...], dict[str, Any]] = {}
     for path in reversed(_of(device)):
-        known |= {_product(row): row for row in (_record(path) or {"cases": ()})["cases"]}
+        if (found := _read(path)) is not None:
+            known |= found[1]
     known |= {_product(row): row for row in rows}
     record = {"version": VERSION, "device": device, "capability": capability, "environment": environment}
     path = _own(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {**record, "cases": list(known.values())})
-    cases.cache_clear()
+    forget()
     return path
+
+
+def forget() -> None:
+    """Files are read again before the next choice."""
+    cases.cache_clear()
+    choice.cache_clear()
 
 
 def _distance(case: Case, layout: Layout, n: int, k: int, m: int) -> float:
@@ -116,6 +134,7 @@ def _distance(case: Case, layout: Layout, n: int, k: int, m: int) -> float:
     return kind + shape + 2.0 * abs(math.log2(case.m / m)) + (2.0 if m > case.m else 0.0)
 
 
+@lru_cache(maxsize=4096)  # asked at every product
 def choice(
     device: str, capability: int, layout: Layout, n: int, k: int, m: int, sms: int, limit: int = SHARED_LIMIT
 ) -> Config | None:

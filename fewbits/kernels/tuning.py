@@ -135,8 +135,8 @@ def tune(
 ) -> list[dict[str, Any]]:
     """The fastest choice of every shape (n, k) and number of tokens, as rows of `tuned.py`, with its microseconds."""
     index = device.index or 0
-    sms = torch.cuda.get_device_properties(index).multi_processor_count
-    capability, _ = torch.cuda.get_device_capability(index)
+    gpu = torch.cuda.get_device_properties(index)
+    capability, sms, limit = gpu.major, gpu.multi_processor_count, gpu.shared_memory_per_block_optin
     tried = {config for m in tokens for config in candidates(m, layout.e4m3)}
     usable = {config for config in tried if runs_on(config, capability)}
     say(f"compiling {len(usable)} kernels for {layout.bits} bits")
@@ -151,10 +151,13 @@ def tune(
             configs: list[Config | None] = [
                 config
                 for config in candidates(m, layout.e4m3)
-                if config in usable and fits(config, layout, n, k, m, sms)
+                if config in usable and fits(config, layout, n, k, m, sms, limit)
             ]
             if not layout.e4m3 and (m >= DENSE_FROM or not configs):
                 configs.append(None)
+            if not configs:
+                say(f"{n} x {k}, {m} tokens: none of the choices that are tried fits")
+                continue
             some = weights if m <= DENSE_FROM else weights[:4]
             product = fragments.multiply if layout.e4m3 else fragments.product
             calls = [[partial(product, x, weight, layout, config) for weight in some] for config in configs]

@@ -10,20 +10,29 @@ from fewbits.report.figure import INK, LINE, METHOD, SERIES, save
 
 
 def _cell(row: dict[str, Any] | None) -> str:
-    return "-" if row is None or "us" not in row else f"{row['us']:.1f}"
+    return "-" if row is None else f"{row['us']:.1f}"
+
+
+def _names(record: dict[str, Any]) -> list[str]:
+    """Contestants that were measured, ours first. Records did not list them once."""
+    return record.get("contestants") or list(dict.fromkeys(row["who"] for row in record["rows"]))
 
 
 def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows: shape, tokens, roof of the first contestant, then microseconds of each."""
-    names = list(dict.fromkeys(row["who"] for row in record["rows"]))
-    found = {(row["who"], row["shape"], row["tokens"]): row for row in record["rows"]}
+    """Columns and rows: shape, tokens, roof of the first contestant, then microseconds of each.
+
+    "-" for what was not measured, or not asked for; a line of nothing else is left out.
+    """
+    names = _names(record)
+    found = {(row["who"], row["shape"], row["tokens"]): row for row in record["rows"] if "us" in row}
     lines = []
     for shape, (n, k) in record["shapes"].items():
         for m in record["tokens"]:
-            ours = found.get((names[0], shape, m))
-            if ours is None or "us" not in ours:
+            if not any((name, shape, m) in found for name in names):
                 continue
-            share = f"{ours['roof_us']:.1f} ({100 * ours['roof_us'] / ours['us']:.0f} %)" if m <= 256 else "-"
+            ours, share = found.get((names[0], shape, m)), "-"
+            if ours is not None and m <= 256:
+                share = f"{ours['roof_us']:.1f} ({100 * ours['roof_us'] / ours['us']:.0f} %)"
             lines.append([f"{shape} {n} x {k}", str(m), share, *(_cell(found.get((name, shape, m))) for name in names)])
     return ["shape", "tokens", "roof (reached)", *names], lines
 
@@ -40,7 +49,7 @@ def accuracy_table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def draw(record: dict[str, Any], to: Path) -> None:
     """Writes the figure as `to`.svg and `to`.png: a panel a shape, both axes logarithmic, the roof drawn in."""
-    names = list(dict.fromkeys(row["who"] for row in record["rows"]))
+    names = _names(record)
     shapes = list(record["shapes"].items())
     across = min(3, len(shapes))
     down = -(-len(shapes) // across)

@@ -110,6 +110,16 @@ def test_tiles_that_are_left_over_are_shared(share: int, n: int, k: int, m: int)
             assert torch.equal(y, fragments.multiply(x, parts, layout, config)), config
 
 
+@pytest.mark.parametrize("name", ["int4-g64", "int4-asym-g128", "nf4-g32", "lloyd3-channel"])
+def test_prompts(name: str) -> None:
+    """What is chosen for many tokens of a wide layer takes nearly all of the shared memory."""
+    weight, held, spec = packed(name, (4096, 4096))
+    dense = weight.dequantize().double()
+    x = torch.randn(1100, 4096, device=DEVICE, dtype=torch.bfloat16)
+    for m in (65, 256, 512, 1100):
+        assert sqnr_db(x[:m].double() @ dense.t(), KERNEL.linear(x[:m], held, spec)) > 40, m
+
+
 def test_x_need_not_be_contiguous_nor_aligned() -> None:
     weight, held, spec = packed("int4-g128", (256, 512))
     wide = torch.randn(9, 1025, device=DEVICE, dtype=torch.bfloat16)
@@ -120,12 +130,12 @@ def test_x_need_not_be_contiguous_nor_aligned() -> None:
 
 
 def test_it_is_an_operator_of_torch() -> None:
-    _, held, _ = packed("nf4-g64", (128, 256))
+    _, held, spec = packed("nf4-g64", (128, 256))
     x = torch.randn(5, 256, device=DEVICE, dtype=torch.bfloat16)
     arguments = (x, held["weight"], held["scales"], None, held["alpha"], held["table"], 4, 64, 0)
     torch.library.opcheck(fragments_linear, arguments)
-    compiled = torch.compile(lambda x: fragments_linear(x * 2, *arguments[1:]) + 1)
-    assert torch.allclose(compiled(x), fragments_linear(x * 2, *arguments[1:]) + 1)
+    for call in (lambda x: fragments_linear(x * 2, *arguments[1:]) + 1, lambda x: KERNEL.linear(x * 2, held, spec) + 1):
+        assert torch.allclose(torch.compile(call, fullgraph=True)(x), call(x))
 
 
 def test_it_works_in_a_cuda_graph() -> None:

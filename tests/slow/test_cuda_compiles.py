@@ -22,12 +22,6 @@ LAYOUTS = {
 def compiler(tmp_path, monkeypatch) -> None:
     if (reason := nvrtc.available()) is not None:
         pytest.skip(reason)
-    from cuda.bindings import nvrtc as bindings
-
-    try:
-        bindings.nvrtcVersion()
-    except Exception as error:  # of the package that looks for the library
-        pytest.skip(f"no NVRTC library (pip install nvidia-cuda-nvrtc): {str(error).splitlines()[0]}")
     monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path))  # compiles, whatever was compiled before
 
 

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from fewbits.core.errors import BadInput
 from fewbits.formats import parse_format
 from fewbits.kernels import fragment_layout, fragments, nvrtc, tuned, tuning
 from fewbits.kernels.base import No
@@ -84,7 +85,7 @@ def test_choices_come_from_the_nearest_measured_product(tmp_path, monkeypatch) -
     path = nvrtc.folder() / "tuned" / tuned.file_name("Some GPU 9")
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(record))
-    tuned.cases.cache_clear()
+    tuned.forget()
     shape = (4096, 5120)
     assert tuned.choice("Some GPU 9", 9, layout(4), *shape, 1, 132) == Few(warps=8)
     assert tuned.choice("Some GPU 9", 9, layout(3), *shape, 2, 132) == Few(warps=8)
@@ -94,15 +95,15 @@ def test_choices_come_from_the_nearest_measured_product(tmp_path, monkeypatch) -
     assert tuned.choice("Some GPU 9", 9, rounded, *shape, 1, 132) == Many(nt=16, stages=6, share=1, apart=True)
     case = {**near, "e4m3": True, "m": 64, "kernel": "many", "choices": {"nt": 64, "wg": 3, "apart": True}}
     path.write_text(json.dumps({**record, "cases": [*record["cases"], case]}))
-    tuned.cases.cache_clear()
+    tuned.forget()
     assert tuned.choice("Some GPU 9", 9, rounded, *shape, 1, 132) == Many(nt=64, wg=3, apart=True)
     assert tuned.choice("Some GPU 9", 9, layout(4), *shape, 48, 132) == Many(nt=64, stages=3)
-    tuned.cases.cache_clear()
+    tuned.forget()
 
 
 def test_between_two_measured_products_the_choice_is_that_for_more_tokens(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path))  # or what was tuned here would go first
-    tuned.cases.cache_clear()
+    tuned.forget()
     for m, more in ((3, 4), (17, 32), (33, 64), (65, 128), (200, 256), (600, 1024)):
         chosen = tuned.choice("NVIDIA H200", 9, layout(4), 4096, 4096, m, 132)
         assert chosen == tuned.choice("NVIDIA H200", 9, layout(4), 4096, 4096, more, 132), m
@@ -135,12 +136,65 @@ def test_rules_of_thumb_for_e4m3_tokens_fit(group: int) -> None:
 
 
 def test_every_choice_says_all_macros() -> None:
-    for config in (Few(), Many()):
+    of_all = ["BITS", "TABLE", "GROUP", "UNIT", "ZERO", "OFFSET", "HALF", "E4M3", "RT"]
+    own = {
+        Few(): ["WARPS", "MT", "SPLIT", "RING", "RESIDENT", "STAGED"],
+        Many(): ["WG", "NT", "STAGES", "SHARE", "LEAST_UNITS", "SPLIT", "APART", "RESIDENT", "REGISTERS"],
+        None: [],
+    }
+    for config, names in own.items():
         text = fragments.source(layout(4, zero=True), config)
-        head = text[: text.index("// Products with weights")]
-        for name in ("BITS", "TABLE", "GROUP", "UNIT", "ZERO", "OFFSET", "HALF", "RT", "SPLIT", "STAGES"):
-            assert f"#define {name} " in head
+        head = text[: text.index("// Types and instructions")]
+        assert sorted(line.split()[1] for line in head.splitlines()) == sorted(of_all + names)
         assert "@WGMMA@" not in text or isinstance(config, Few)
+
+
+FORMATS = ("int4-g128", "int4-g64", "int4-asym-g128", "int4-asym-channel", "mxfp4", "nf4-g32", "lloyd3-channel")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_measured_choices_leave_room_for_barriers(name: str, tmp_path, monkeypatch) -> None:
+    """Static shared memory counts too: 1 KB of `many`, of the 227 that a block can have."""
+    monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path))
+    tuned.forget()
+    many = 0
+    for n, k in SHAPES:
+        found = layout_of(parse_format(name), k, False)
+        assert isinstance(found, Layout)
+        for m in (1, 16, 64, 256, 300, 512, 1024, 4096):
+            config = tuned.choice("NVIDIA H200", 9, found, n, k, m, 132)
+            if isinstance(config, Many):
+                assert config.shared(found, n, k, m, 132) + 1024 <= 227 << 10
+                many += 1
+    assert many > 10
+    tuned.forget()
+
+
+def test_sums_that_blocks_leave_for_one_another_lie_where_weights_were() -> None:
+    assert not fits(Many(nt=128, wg=4, stages=2, split=2), layout(4), 4096, 4096, 64, 132)
+    assert fits(Many(nt=128, wg=2, stages=4, split=2), layout(4), 4096, 4096, 64, 132)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"version": 3, "cases"', "[]", '{"version": 3, "capability": 9}',
+        '{"version": 3, "capability": 9, "cases": [{"bits": 4}]}',
+        '{"version": 3, "capability": 9, "cases": [{"bits": 4, "table": false, "group": 128, "n": 1, "k": 1, "m": 1, '
+        '"kernel": "fwe", "choices": {}}]}',
+        '{"version": 3, "capability": 9, "cases": [{"bits": 4, "table": false, "group": 128, "n": 1, "k": 1, "m": 1, '
+        '"kernel": "few", "choices": {"wraps": 2}}]}',
+    ],
+)  # fmt: skip
+def test_a_file_of_choices_that_cannot_be_read_is_named(text: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path))
+    path = nvrtc.folder() / "tuned" / tuned.file_name("Some GPU 9")
+    path.parent.mkdir(parents=True)
+    path.write_text(text.replace('"version": 3', f'"version": {tuned.VERSION}'))
+    tuned.forget()
+    with pytest.raises(BadInput, match=r"some-gpu-9.json .*--tune"):
+        tuned.choice("Some GPU 9", 9, layout(4), 64, 64, 1, 132)
+    tuned.forget()
 
 
 def test_the_fastest_of_several_measurements_wins(monkeypatch) -> None:
@@ -176,7 +230,7 @@ def test_staged_units_leave_the_registers_to_the_next_product() -> None:
 
 def test_tuning_one_format_leaves_the_others_what_they_had(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path))
-    tuned.cases.cache_clear()
+    tuned.forget()
     shape = 4096, 4096
     before = tuned.choice("NVIDIA H200", 9, layout(3, group=64), *shape, 1, 132)  # shipped
     product = {"bits": 4, "table": False, "group": 128, "n": 4096, "k": 4096, "m": 1}
@@ -191,4 +245,4 @@ def test_tuning_one_format_leaves_the_others_what_they_had(tmp_path, monkeypatch
         assert tuned.choice("NVIDIA H200", 9, layout(3, group=64), *shape, 1, 132) == before
     tuned.keep("Another GPU", 9, {}, rows)  # of which nothing was known
     assert len(tuned.cases("Another GPU", 9)) == 2
-    tuned.cases.cache_clear()
+    tuned.forget()

@@ -211,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
   // tokens must lie on 1024 bytes whatever the driver gives
   const u32 begin = shared_address(memory) + TABLE_BYTES, tokens = (begin + 1023) & ~1023u;
   const u32 weights = tokens + STAGES * TOKENS_BYTES, turned = weights + STAGES * WEIGHTS_BYTES;
-  const int lane = lane_id(), warp = threadIdx.x / 32, group = threadIdx.x / 128;
+  const int lane = lane_id(), warp = threadIdx.x / 32;
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
