@@ -47,8 +47,8 @@ ROWS = {
 }
 HEAD = """# Checkpoint formats
 
-`fewbits load`, `eval`, `generate` and `convert` read all of these; how each lays out its tensors is told at the head of
-its file in `fewbits/checkpoints`. Written by `python docs/make_checkpoints_page.py`.
+`fewbits.load` and the commands that take a model read all of these; how each lays out its tensors is told at the head
+of its file in `fewbits/checkpoints`. Written by `python docs/make_checkpoints_page.py`.
 
 """
 MATRIX = """

@@ -12,16 +12,11 @@ from fewbits.core.record import write_json
 NAME = "certificate.json"
 
 
-def require_certificate(directory: Path) -> Path:
-    """The path of the certificate of `directory`; BadInput where there is none."""
+def read_certificate(directory: Path) -> dict[str, Any]:
+    """The certificate of `directory`; BadInput where there is none that can be read."""
     path = directory / NAME
     if not path.is_file():
         raise BadInput(f"'{directory}' has no {NAME}; pass a directory that `fewbits quantize` wrote")
-    return path
-
-
-def read_certificate(directory: Path) -> dict[str, Any]:
-    path = require_certificate(directory)
     try:
         certificate = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fewbits.cli.boundary import guarded
-from fewbits.cli.certify import add_to_certificate, require_certificate
+from fewbits.cli.certify import add_to_certificate, read_certificate
 from fewbits.cli.console import message, plus_minus, print_json, print_table
 from fewbits.cli.progress import ProgressBar
 
@@ -37,7 +37,7 @@ def evaluate(
     from fewbits.evaluation import evaluate as run
 
     if certify:
-        require_certificate(Path(model))
+        read_certificate(Path(model))  # before minutes of measuring for one that cannot be read
     given = {"samples": samples, "sequence_length": sequence_length}
     with ProgressBar() as bar:
         evaluation = run(

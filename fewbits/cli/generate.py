@@ -60,4 +60,6 @@ def speed(found: Any) -> str:
         parts.append(f"{stats.decode_rate:.1f} tokens/s")
     if stats.prefill_rate is not None:
         parts.append(f"prompt of {stats.prompt_tokens} read at {stats.prefill_rate:.0f} tokens/s")
+    if stats.stopped == "context":
+        parts.append("stopped: the model has no more positions")
     return f"[{', '.join(parts)}; {found.runner}]"

@@ -177,6 +177,9 @@ def listing(
         print_json(rows)
     elif what == "kernels":
         _print_kernels(rows)
+    elif what == "methods":  # in two tables, or columns would be a word wide
+        for columns in (("method", "role", "needs", "what"), ("method", "options")):
+            print_table(columns, ([row[column] or "-" for column in columns] for row in rows))
     else:
         columns = list(rows[0])
         print_table(columns, ([row[column] for column in columns] for row in rows))

@@ -241,6 +241,12 @@ def test_eval_prints_a_table_with_error_bars(evaluation: list[dict[str, Any]]) -
     assert "evaluate 1/2" in shown.stderr and "1024 tokens" in shown.stderr
 
 
+def test_a_broken_certificate_is_found_before_measuring(evaluation: list[dict[str, Any]], tmp_path: Path) -> None:
+    (tmp_path / "certificate.json").write_text("{")
+    result = run("eval", str(tmp_path), "--certify")
+    assert result.exit_code == 2 and "not valid JSON" in result.output and not evaluation
+
+
 def test_eval_certify_adds_and_replaces(evaluation: list[dict[str, Any]], tmp_path: Path) -> None:
     certificate = fake_certificate(blocks=1)
     certificate["evaluations"] = [

@@ -62,7 +62,12 @@ def test_a_sound_checkpoint_passes(tmp_path: Path, runtime: str) -> None:
         assert said["tensor parallel"] == NOT_CHECKED
     else:
         assert said["tensor parallel"] == WARNING  # two key-value heads and rows of 64 do not go into eight
-        assert "devices" in check(found, "tensor parallel").mend
+        assert check(found, "tensor parallel").mend == "serve on 1 device"
+
+
+def test_what_is_not_there_is_no_damage(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="neither a directory nor a file"):
+        verify(tmp_path / "nodir")
 
 
 def test_dense_native_and_gguf(tmp_path: Path) -> None:
@@ -199,6 +204,6 @@ def test_the_command(sound: tuple[Path, Path], tmp_path: Path) -> None:
     assert said["passed"] and said["verdicts"]["ok"] >= 10
     failed = CliRunner().invoke(app, ["verify", str(out), "--runtime", "llama.cpp"])
     assert failed.exit_code == 1 and "reads no compressed-tensors" in failed.stdout
-    assert CliRunner().invoke(app, ["verify", str(tmp_path / "absent")]).exit_code == 1
+    assert CliRunner().invoke(app, ["verify", str(tmp_path / "absent")]).exit_code == 2
     with pytest.raises(BadInput, match=r"runtime 'tgi'.*vllm"):
         verify(out, "tgi")

@@ -57,6 +57,8 @@ def check_scales(subject: Subject) -> Check:
         return failed("scales", f"all scales are zero in {some(lost)}", "these layers compute nothing: quantize again")
     if zeros:
         return warning("scales", f"blocks with scale 0: {some(zeros)}", "right for pruned weights, and only for them")
+    if not entries:
+        return not_checked("scales", "nothing is quantized")
     return ok("scales", f"{len(entries)} modules decode to finite values")
 
 

@@ -186,7 +186,8 @@ def check_ignore(subject: Subject) -> Check:
         return warning(
             name, f"match no module: {some(idle)}", "a misspelt name protects nothing: compare with the model"
         )
-    return ok(name, f"{len(entries)} modules quantized, {len(patterns)} patterns of what is not")
+    said = "1 pattern" if len(patterns) == 1 else f"{len(patterns)} patterns"
+    return ok(name, f"{len(entries)} modules quantized, {said} of what is not")
 
 
 def _matches(pattern: str, module: str) -> bool:
@@ -211,9 +212,8 @@ def check_parallel(subject: Subject, runtime: Runtime) -> Check:
         return failed(name, f"on one device already: {bad[1]}", "choose a group size that divides the rows")
     if bad:
         reasons = "; ".join(f"{size}: {reason}" for size, reason in bad.items())
-        return warning(
-            name, reasons, f"serve on {', '.join(str(size) for size in PARALLEL if size not in bad)} devices"
-        )
+        good = [str(size) for size in PARALLEL if size not in bad]
+        return warning(name, reasons, f"serve on {', '.join(good)} device{'s' * (len(good) > 1)}")
     return ok(name, "1, 2, 4 and 8 devices")
 
 

@@ -34,8 +34,8 @@ def verify(
 ) -> Verification:
     """Checks that `path` loads and decodes right in `runtime` (transformers, vllm, llama.cpp or mlx).
 
-    source: the original model, to compare decoded weights and a few logits with. BadInput for an unknown runtime or
-    a source that cannot be opened; damage in `path` is a verdict.
+    source: the original model, to compare decoded weights and a few logits with. BadInput for an unknown runtime, a
+    source that cannot be opened or a `path` that is not there; damage in `path` is a verdict.
     """
     if runtime not in RUNTIMES:
         raise unknown("runtime", runtime, RUNTIMES)
@@ -46,6 +46,8 @@ def verify(
         subject = Subject(opened)
         kind = subject.format
     except FewbitsError as error:
+        if not os.path.exists(path):
+            raise
         damage = failed("files", str(error), "write or download the checkpoint again")
         return Verification(path=os.fspath(path), runtime=runtime, format="?", checks=(damage,), seconds=0.0)
     steps = _steps(subject, target, reference)
