@@ -2,7 +2,8 @@
 
 Steps run in the order of their roles whatever the order they are named in: rewrites, transforms (as named), the one
 method that makes codes (`rtn` if none is named), refinements (as named), a residual, learners. An option goes to every
-step that has a field of that name; `gptq.damping` goes to that step alone. A method may bring others along (`brings`).
+step that has a field of that name; `gptq.damping` goes to that step alone. Its value must be of the field's type. A
+method may bring others along (`brings`).
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from fewbits.algorithms import METHODS
 from fewbits.algorithms.base import ROLES, Learner, Refinement, Residual, Rewrite, Step, Transform, WeightMethod
 from fewbits.core.errors import BadInput, unknown
+
+_SPELLED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "none"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,11 @@ def compose(names: str | Iterable[str], options: Mapping[str, Any] | None = None
     )
 
 
+def option_names(method: Any) -> list[str]:
+    """Those that text can set; a field that takes a dataclass (`search`) is for Python alone."""
+    return [name for name, kinds in _kinds(method).items() if not any(map(dataclasses.is_dataclass, kinds))]
+
+
 def _assign(ordered: list[str], kinds: Mapping[str, Any], options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """step -> its options."""
     fields = {name: {field.name for field in dataclasses.fields(kinds[name])} for name in ordered}
@@ -106,10 +115,43 @@ def _assign(ordered: list[str], kinds: Mapping[str, Any], options: dict[str, Any
         step, _, field = option.rpartition(".")
         if step and step not in fields:
             raise unknown("step in a method's option", step, ordered)
-        owners = [name for name in ([step] if step else ordered) if field in fields[name]]
+        among = [step] if step else ordered
+        owners = [name for name in among if field in fields[name]]
         if not owners:
-            allowed = sorted(set().union(*(fields[name] for name in ([step] if step else ordered))))
-            raise unknown(f"option of method {step or ','.join(ordered)}", field, allowed)
+            allowed = {other for name in among for other in option_names(kinds[name])}
+            raise unknown(f"option of method {step or ','.join(ordered)}", field, sorted(allowed))
         for name in owners:
+            _check_value(option, value, kinds[name])
             taken[name][field] = value
     return taken
+
+
+def _check_value(option: str, value: Any, method: Any) -> None:
+    """BadInput for a value that is not of the type of `method`'s field."""
+    name = option.rpartition(".")[2]
+    kinds = _kinds(method)[name]
+    if any(_fits(value, kind) for kind in kinds):
+        return
+    allowed = " or ".join(_SPELLED.get(kind) or f"a {kind.__name__} made in Python" for kind in kinds)
+    default = next(field.default for field in dataclasses.fields(method) if field.name == name)
+    known = type(default) in (int, float, str)
+    raise BadInput(f"option {option} {value!r}: {allowed}" + (f", e.g. {default}" if known else ""))
+
+
+def _kinds(method: Any) -> dict[str, tuple[Any, ...]]:
+    """option -> the types that its value may have."""
+    hints = get_type_hints(method)
+    fields = {field.name: hints[field.name] for field in dataclasses.fields(method)}
+    return {
+        name: get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,) for name, hint in fields.items()
+    }
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if not isinstance(kind, type):
+        return True  # tuple[int, ...], Literal: for the method's own check
+    if isinstance(value, bool):
+        return kind is bool  # though Python counts it among the integers
+    if kind is float:
+        return isinstance(value, (int, float)) and value == value
+    return isinstance(value, kind)

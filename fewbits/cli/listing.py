@@ -77,13 +77,14 @@ def schemes() -> list[Row]:
 
 def methods() -> list[Row]:
     from fewbits.algorithms import METHODS
+    from fewbits.algorithms.compose import option_names
 
     return [
         {
             "method": name,
             "role": method.role,
             "needs": ", ".join(sorted(method.statistics)) or "no data",
-            "options": ", ".join(field.name for field in dataclasses.fields(method)),
+            "options": ", ".join(option_names(method)),
             "what": _summary(method),
         }
         for name, method in METHODS.items()

@@ -16,6 +16,7 @@ from fewbits.core.errors import BadInput
 from fewbits.core.units import bytes_text, duration_text
 
 FORMATS = ("auto", "compressed-tensors", "native", "gguf", "mxfp4")
+_WORDS = {"true": True, "false": False, "none": None}  # in any case; as JSON writes them, JSON reads them
 
 
 @guarded(resumes=True)
@@ -145,7 +146,7 @@ def quantize(
 
 
 def parse_options(given: list[str]) -> dict[str, Any]:
-    """NAME=VALUE of each; values as JSON where they are (3, 0.5, true), else as text."""
+    """NAME=VALUE of each; values as JSON where they are (3, 0.5, true), Python's True, False and None, else text."""
     found: dict[str, Any] = {}
     for text in given:
         name, sign, value = text.partition("=")
@@ -153,8 +154,8 @@ def parse_options(given: list[str]) -> dict[str, Any]:
             raise BadInput(f"--option {text!r}: write it as NAME=VALUE, e.g. rounds=5 or gptq.damping=0.02")
         try:
             found[name] = json.loads(value)
-        except json.JSONDecodeError:
-            found[name] = value
+        except ValueError:  # no JSON, or a number of thousands of digits
+            found[name] = _WORDS.get(value.lower(), value)
     return found
 
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fewbits.algorithms import METHODS
-from fewbits.algorithms.compose import Recipe, compose
+from fewbits.algorithms.compose import Recipe, compose, option_names
 from fewbits.core.errors import BadInput, unknown
 from fewbits.core.units import duration_text
 from fewbits.formats.mix import Mix, Weights
@@ -120,7 +120,7 @@ def _with_options(options: Mapping[str, Any]) -> tuple[Candidate, ...]:
         _ = found[-1].recipe  # values are checked before any work
     if missing := [name for name in options if name not in taken]:
         steps = sorted({step for candidate in CANDIDATES for step in candidate.method.split(",")})
-        known = sorted({f"{step}.{name}" for step in steps for name in _fields(step)} - set(_STEPS))
+        known = sorted({f"{step}.{name}" for step in steps for name in option_names(METHODS.get(step))} - set(_STEPS))
         raise unknown("option of the steps that auto tries", missing[0], known)
     return tuple(found)
 

@@ -56,6 +56,14 @@ def test_a_step_says_what_it_is(name: str) -> None:
     assert compose(name).names[0 if step.role in ("rewrite", "transform") else -1] == name
 
 
+@pytest.mark.parametrize("name", METHODS.names())
+def test_options_are_checked_when_a_step_is_composed(name: str) -> None:
+    for option, default in vars(METHODS.get(name)()).items():
+        assert getattr(compose(name, {f"{name}.{option}": default}).steps[name], option) == default
+        with pytest.raises(BadInput, match=rf"option {name}\.{option} <object"):
+            compose(name, {f"{name}.{option}": object()})
+
+
 # Methods that look at no data are not judged by the outputs (their own laws: tests/unit/test_<method>.py).
 CALIBRATED = [name for name in of_role("weights", "refine") if METHODS.get(name).statistics]
 

@@ -415,6 +415,8 @@ def test_another_time_is_another_run_and_a_lost_choice_is_not_guessed(
         ({"method_options": {"learned.iterations": 100}}, "auto chooses the iterations"),
         ({"method_options": {"iterations": 100}}, "auto chooses the iterations"),
         ({"method_options": {"damping": -1}}, "damping -1"),
+        ({"method_options": {"damping": "abc"}}, "option damping 'abc': a number, e.g. 0.01"),
+        ({"method_options": {"learned.lr": "x"}}, "option learned.lr 'x': a number or none"),
         ({"method": "gptq", "minutes": 5}, "5 minutes given with method gptq"),
     ],
 )

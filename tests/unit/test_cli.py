@@ -95,6 +95,9 @@ def test_bad_usage_exits_2_and_says_what_helps(
         (["--scheme", "int9-g64"], "unknown scheme 'int9-g64'; known: int"),
         (["--scheme", "int4-h64"], "int4-g64"),
         (["--method", "gtpq"], "unknown method 'gtpq'; known: gptq"),
+        (["--option", "act_order=maybe"], "option act_order 'maybe': true or false\n"),
+        (["--option", "block_size=1.5"], "option block_size 1.5: a whole number, e.g. 128\n"),
+        (["--method", "rtn", "--option", "rtn.search=foo"], "option rtn.search 'foo': a RangeSearch made in Python"),
         (["--group-size", "0"], "group size 0"),
         (["--calibration", "no-such-file.txt"], "no-such-file.txt"),
     ],
@@ -183,6 +186,12 @@ def test_lists_as_table_and_as_json(kind: str) -> None:
     assert rows and all(row.keys() == rows[0].keys() for row in rows)
     first = next(iter(rows[0].values()))
     assert str(first) in shown.stdout
+
+
+def test_methods_list_the_options_that_text_can_set() -> None:
+    options = {row["method"]: row["options"].split(", ") for row in json.loads(run("list", "methods", "--json").stdout)}
+    assert options["rtn"] == ["range"]
+    assert "damping" in options["gptq"] and "search" not in options["gptq"] + options["gptaq"]
 
 
 def test_kernels_say_what_runs_and_why_the_others_do_not() -> None:
@@ -331,5 +340,9 @@ def test_options_of_steps_are_read_as_json_or_text() -> None:
 
     found = parse_options(["rounds=5", "gptq.damping=0.02", "act_order=false", "range=mse"])
     assert found == {"rounds": 5, "gptq.damping": 0.02, "act_order": False, "range": "mse"}
+    assert parse_options(["a=False", "b=TRUE", "c=none", "d=null", "e=no"]) == {
+        "a": False, "b": True, "c": None, "d": None, "e": "no",
+    }  # fmt: skip
+    assert parse_options([f"a={'9' * 5000}"]) == {"a": "9" * 5000}, "longer than Python reads"
     with pytest.raises(BadInput, match="NAME=VALUE"):
         parse_options(["rounds"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from fewbits.algorithms.base import proxy_loss
+from fewbits.algorithms.clipping import RangeSearch
 from fewbits.algorithms.compose import compose
 from fewbits.algorithms.gptaq import GPTAQ
 from fewbits.algorithms.gptq import GPTQ
@@ -165,3 +167,59 @@ def test_options_reach_every_step_that_has_them() -> None:
 def test_what_makes_no_sense_is_refused(names: str, options: dict[str, float], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         compose(names, options)
+
+
+@pytest.mark.parametrize(
+    ("names", "option", "value", "allowed"),
+    [
+        ("gptq", "act_order", "False", "true or false"),
+        ("gptq", "gptq.act_order", 1, "true or false"),
+        ("gptq", "act_order", None, "true or false"),
+        ("llm_int8", "llm_int8.fixed", "no", "true or false"),
+        ("gptq", "damping", "abc", "a number, e.g. 0.01"),
+        ("gptq", "damping", True, "a number, e.g. 0.01"),
+        ("gptq", "damping", [0.01], "a number, e.g. 0.01"),
+        ("gptq,refine", "refine.damping", float("nan"), "a number, e.g. 0.01"),
+        ("gptq", "block_size", 1.5, "a whole number, e.g. 128"),
+        ("gptq", "max_retries", "x", "a whole number, e.g. 3"),
+        ("gptq,lowrank", "rank", "abc", "a whole number, e.g. 16"),
+        ("refine", "refine.rounds", "x", "a whole number, e.g. 3"),
+        ("rotate", "rotate.seed", False, "a whole number, e.g. 0"),
+        ("rotate", "rotate.block", "abc", "a whole number or none"),
+        ("rotate", "rotate.online", 1, "true or false or none"),
+        ("smoothquant", "smoothquant.alpha", "x", "a number or none"),
+        ("learned", "learned.lr", "x", "a number or none"),
+        ("llm_int8", "weights", 8, "text, e.g. original"),
+        ("gptq", "range", 3, "text or none"),
+        ("rtn", "rtn.search", "foo", "a RangeSearch made in Python or none"),
+    ],
+)
+def test_a_value_is_of_its_options_type(names: str, option: str, value: Any, allowed: str) -> None:
+    with pytest.raises(BadInput) as refused:
+        compose(names, {option: value})
+    assert str(refused.value) == f"option {option} {value!r}: {allowed}"
+
+
+@pytest.mark.parametrize(
+    ("names", "option", "value"),
+    [
+        ("gptq", "act_order", False),
+        ("gptq", "damping", 1),
+        ("gptq", "range", "mse"),
+        ("gptq", "search", None),
+        ("rtn", "search", RangeSearch(steps=5)),
+        ("rotate", "online", None),
+        ("rotate", "block", 32),
+        ("smoothquant", "alpha", 1),
+        ("learned", "lr", None),
+        ("lowrank", "stored", "float16"),
+    ],
+)
+def test_a_value_that_fits_arrives_as_it_is(names: str, option: str, value: Any) -> None:
+    assert getattr(compose(names, {option: value}).steps[names], option) is value
+
+
+def test_what_text_cannot_set_is_not_offered() -> None:
+    with pytest.raises(BadInput, match=r"unknown option of method gptq 'serch'") as refused:
+        compose("gptq", {"serch": 1})
+    assert "damping" in str(refused.value) and "search" not in str(refused.value)
