@@ -123,8 +123,10 @@ class SafetensorsSource:
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
+        absent = not (self.directory / "tokenizer.json").is_file()
+        hint = " (it has no tokenizer.json: copy the original model's tokenizer files into it)" if absent else ""
         tokenizer: PreTrainedTokenizerBase = by_library(
-            f"{self.path}: the tokenizer cannot be loaded",
+            f"{self.path}: the tokenizer cannot be loaded{hint}",
             lambda: AutoTokenizer.from_pretrained(str(self.directory), local_files_only=True, trust_remote_code=False),
         )
         _, embeddings = self._head_and_embeddings()

@@ -47,6 +47,7 @@ from fewbits.core.record import environment, versions, write_json
 from fewbits.pipeline import convert_gguf
 from fewbits.pipeline.convert_layers import DENSE, LARGEST_DB, Converted, LayerConversion
 from fewbits.pipeline.journal import check_output
+from fewbits.pipeline.output import check_companions
 from fewbits.pipeline.shards import Shards
 
 SHARD_BYTES = 512 << 20
@@ -113,6 +114,8 @@ def convert(
     packed = gguf_modules(source) if from_gguf else quantized_modules(source)
     if packed.name is None or not packed.entries:
         raise BadInput(f"{source.path}: nothing in it is quantized; `fewbits quantize` makes a quantized model of it")
+    if to != GGUF:
+        check_companions(source)
     dtype = dtype or source.dtype
     shards = Shards(
         target.absolute(),

@@ -24,6 +24,7 @@ from fewbits.core.errors import BadInput, Unsupported, unknown
 from fewbits.formats import Format, Scheme, parse_scheme
 from fewbits.formats.low_rank import LowRankSpec
 from fewbits.formats.mix import Mix, Weights, parse_weights
+from fewbits.pipeline.output import check_companions
 from fewbits.planner import auto
 from fewbits.planner.plan import Plan
 
@@ -142,6 +143,8 @@ def prepare(
         raise Unsupported(f"checkpoint format {mxfp4.FORMAT}: {reason}; compressed-tensors holds MXFP4 of other models")
     dtype = DTYPES[dtype_name] if dtype_name else source.dtype
     scheme = dataclasses.replace(scheme, weights=scheme.weights.with_scale_dtype(dtype))
+    if checkpoint_format != "gguf":  # which carries its tokenizer in the file, and checks it there
+        check_companions(source)
     if "lm_head" not in ignore and "lm_head.weight" in source.tied():
         raise Unsupported("lm_head shares its tensor with the embeddings, which stay dense: keep --ignore lm_head")
     tokens = None

@@ -131,16 +131,26 @@ def write_shards(directory: Path, items: Iterable[Item], max_bytes: int = MAX_SH
     return total
 
 
+def check_companions(source: Source) -> None:
+    """BadInput where `write_companions` would find no tokenizer."""
+    if not _has_tokenizer(source.companion_files()):
+        source.load_tokenizer()
+
+
 def write_companions(directory: Path, source: Source) -> None:
     """Tokenizer, chat template and generation config: copied, or written out where the source has no files."""
     files = source.companion_files()
     for path in files:
         shutil.copyfile(path, directory / path.name)
-    if not any(path.name.startswith("tokenizer") for path in files):
+    if not _has_tokenizer(files):
         source.load_tokenizer().save_pretrained(directory)
     generation = source.generation_config()
     if generation is not None and not (directory / "generation_config.json").exists():
         write_json(directory / "generation_config.json", generation)
+
+
+def _has_tokenizer(files: Iterable[Path]) -> bool:
+    return any(path.name.startswith("tokenizer") for path in files)
 
 
 def write_config(directory: Path, source: Source, dtype: torch.dtype, quantization: dict[str, Any]) -> None:

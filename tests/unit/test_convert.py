@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,9 @@ def test_what_it_does_not_start(tmp_path: Path) -> None:
         convert(first, "gptq", first)
     with pytest.raises(BadInput, match="gptq"):
         convert(first, "gtpq", tmp_path / "out")
+    shutil.copytree(first, tmp_path / "mute", ignore=shutil.ignore_patterns("*token*"))
+    with pytest.raises(BadInput, match="tokenizer cannot be loaded"):
+        convert(tmp_path / "mute", "gptq", tmp_path / "out", progress=lambda event: pytest.fail(str(event)))
     tiny_llama().save_pretrained(tmp_path / "plain")
     with pytest.raises(BadInput, match="nothing in it is quantized"):
         convert(tmp_path / "plain", "gptq", tmp_path / "out")
