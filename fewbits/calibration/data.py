@@ -189,7 +189,7 @@ def pack(
     max_length: the model's context; a longer window is refused.
     Windows keep the order of the text. Raises `BadInput`, with the counts, when there is too little text.
     """
-    _check(sequence_length=sequence_length, samples=samples, max_length=max_length)
+    _check(sequence_length=sequence_length, samples=samples, at_most=at_most, max_length=max_length)
     stream, bos = tokenise(texts, tokenizer)
     width = sequence_length - len(bos)
     available = len(stream) // width
@@ -222,11 +222,12 @@ def _way_out(tokens: int, available: int, sequence_length: int) -> str:
     return "pass more text"
 
 
-def _check(*, sequence_length: int, samples: int | None, max_length: int | None) -> None:
+def _check(*, sequence_length: int, samples: int | None, at_most: int | None, max_length: int | None) -> None:
     if sequence_length < 2:
         raise BadInput(f"sequence length must be 2 or more (one token and the next), not {sequence_length}")
-    if samples is not None and samples < 1:
-        raise BadInput(f"samples must be 1 or more, not {samples}")
+    for count in (samples, at_most):
+        if count is not None and count < 1:
+            raise BadInput(f"samples must be 1 or more, not {count}")
     if max_length is not None and sequence_length > max_length:
         raise BadInput(
             f"sequence length {sequence_length} is more than the {max_length} positions of the model; "

@@ -52,7 +52,7 @@ def plan(
     seed: Annotated[int, typer.Option(help="Chooses the sequences.")] = 0,
     ignore: Annotated[
         list[str] | None,
-        typer.Option(help="Layer to keep; 're:' starts a pattern; may be repeated. Default: lm_head."),
+        typer.Option(help="Layer to keep; 're:' starts a pattern; may be repeated. Replaces the default, lm_head."),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 for what is kept.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: chosen.")] = None,

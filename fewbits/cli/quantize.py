@@ -72,7 +72,7 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Chooses the sequences.")] = 0,
     ignore: Annotated[
         list[str] | None,
-        typer.Option(help="Layer to keep; 're:' starts a pattern; may be repeated. Default: lm_head."),
+        typer.Option(help="Layer to keep; 're:' starts a pattern; may be repeated. Replaces the default, lm_head."),
     ] = None,
     act_order: Annotated[
         bool | None, typer.Option("--act-order/--no-act-order", help="GPTQ: most important inputs first.")

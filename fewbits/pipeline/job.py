@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from fewbits.calibration.data import TextSpec, TokenSet, pack, read_texts
 from fewbits.checkpoints import mxfp4
 from fewbits.checkpoints.base import Source
 from fewbits.checkpoints.source import open_source
-from fewbits.core.errors import BadInput, Unsupported, unknown
+from fewbits.core.errors import BadInput, Unsupported, nearest_first, unknown
 from fewbits.formats import Format, Scheme, parse_scheme
 from fewbits.formats.low_rank import LowRankSpec
 from fewbits.formats.mix import Mix, Weights, parse_weights
@@ -133,6 +133,8 @@ def prepare(
         raise unknown("policy for experts that saw few tokens", experts, POLICIES)
     if checkpoint_format not in CHECKPOINT_FORMATS:
         raise unknown("checkpoint format", checkpoint_format, CHECKPOINT_FORMATS)
+    if isinstance(eval_samples, int) and eval_samples < 0:
+        raise BadInput(f"{eval_samples} held-out windows to measure on; 1 or more, or 0 to leave the loss unmeasured")
     if dtype_name is not None and dtype_name not in DTYPES:
         raise unknown("dtype", dtype_name, DTYPES)
     device = choose_device(device_name)
@@ -146,7 +148,10 @@ def prepare(
     if checkpoint_format != "gguf":  # which carries its tokenizer in the file, and checks it there
         check_companions(source)
     if "lm_head" not in ignore and "lm_head.weight" in source.tied():
-        raise Unsupported("lm_head shares its tensor with the embeddings, which stay dense: keep --ignore lm_head")
+        raise Unsupported(
+            "lm_head shares its tensor with the embeddings, which stay dense; what is given as --ignore replaces the "
+            "default, lm_head: add --ignore lm_head to it"
+        )
     tokens = None
     if recipe.statistics or act_range is not None:
         tokens = calibration_tokens(source, text, samples, sequence_length, seed, learns=bool(recipe.learners))
@@ -252,6 +257,14 @@ def compiled(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern))
     except re.error as error:
         raise BadInput(f"ignore pattern {pattern!r} is no regular expression: {error}") from error
+
+
+def check_ignored(patterns: Iterable[str], names: Collection[str]) -> None:
+    """BadInput for a pattern that matches none of `names`: a typo would quantize what was to be kept."""
+    for pattern in patterns:
+        if pattern != "lm_head" and not any(map(compiled(pattern).match, names)):  # the default, wherever the head is
+            near = ", ".join(nearest_first(pattern, names)[:3])
+            raise BadInput(f"ignore pattern {pattern!r} matches no layer of the model; nearest: {near}")
 
 
 def ignored(name: str, patterns: Iterable[str]) -> bool:

@@ -26,7 +26,7 @@ from fewbits.core.errors import BadInput, unknown
 from fewbits.core.progress import OnProgress, Progress
 from fewbits.formats.mix import Weights
 from fewbits.models.walk import ExpertRef, Ref, linears
-from fewbits.pipeline.job import DTYPES, calibration_tokens, choose_device, compiled, ignored
+from fewbits.pipeline.job import DTYPES, calibration_tokens, check_ignored, choose_device, compiled, ignored
 from fewbits.pipeline.shell import ModelShell, check_vocabulary
 from fewbits.planner.candidates import Group, candidates, check_target, groups
 from fewbits.planner.measurements import Cost, Measurements, read_measurements
@@ -91,6 +91,7 @@ def plan(
     path = None if measurements is None else Path(measurements)
     known = Measurements(settings=settings) if path is None else read_measurements(path, settings)
     shell = ModelShell(source, place, torch.float32 if place.type == "cpu" else source.dtype)
+    check_ignored(ignore, shell.layers())
     check_vocabulary(tokens.ids, shell.model.config)
     chosen = [_chosen(shell, index, ignore) for index in range(len(shell.blocks))]
     every = [group for block in chosen for group, _ in block]

@@ -32,7 +32,7 @@ from fewbits.models.walk import linears
 from fewbits.pipeline import certificate, experts_output, gguf_output, output
 from fewbits.pipeline.auto import choose
 from fewbits.pipeline.block import Layer
-from fewbits.pipeline.job import Job, ignored, prepare
+from fewbits.pipeline.job import Job, check_ignored, ignored, prepare
 from fewbits.pipeline.journal import Journal, check_output
 from fewbits.pipeline.measure import measure
 from fewbits.pipeline.planning import plan as make_plan
@@ -110,9 +110,9 @@ def quantize(
     elif plan is not None and not isinstance(plan, Plan):
         plan = read_plan(Path(plan))
     job = prepare(
-        Path(out), model, scheme or "W4A16", group_size, method or "rtn", method_options or {}, calibration, samples,
-        sequence_length, seed, tuple(ignore), dtype, device, checkpoint_format, eval_samples, sequential,
-        experts, plan, minutes, act_range,
+        Path(out), model, "W4A16" if scheme is None else scheme, group_size, "rtn" if method is None else method,
+        method_options or {}, calibration, samples, sequence_length, seed, tuple(ignore), dtype, device,
+        checkpoint_format, eval_samples, sequential, experts, plan, minutes, act_range,
     )  # fmt: skip
     journal = Journal(job.out, job.fingerprint())
     if certificate.is_of(job.out, journal.fingerprint):
@@ -148,6 +148,7 @@ def _run(job: Job, journal: Journal, report: OnProgress, started: float) -> None
     shell = ModelShell(job.source, job.device, compute)
     shell.transform_inputs(job.input_hadamard)
     chosen = [_chosen(shell, index, job) for index in range(len(shell.blocks))]
+    check_ignored(job.ignore, shell.layers())
     if not any(chosen):
         raise _nothing(shell, job)
     if job.plan is not None:

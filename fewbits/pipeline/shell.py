@@ -56,6 +56,11 @@ class ModelShell:
         self.blocks = blocks(self.model, self.topology)
         self._arguments: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
 
+    def layers(self) -> set[str]:
+        """The names of all modules with a weight, and of the matrices of fused experts."""
+        found = {f"{prefix}.{ref.name}" for prefix, block in self.blocks for ref in linears(block, self.topology)}
+        return found | {name for name, module in self.model.named_modules() if hasattr(module, "weight")}
+
     @contextlib.contextmanager
     def resident(self, name: str, module: nn.Module) -> Iterator[nn.Module]:
         """`module` with its tensors read from the source, released again on leaving."""

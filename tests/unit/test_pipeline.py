@@ -265,7 +265,8 @@ def test_experts_are_quantized_too(tmp_path: Path) -> None:
 def test_ignored_layers_stay_dense(dense: Path, tmp_path: Path) -> None:
     from fewbits.runtime.load import load
 
-    out = run(dense, tmp_path / "q", ignore=("lm_head", r"re:.*\.down_proj$", "model.layers.0.self_attn.*"))
+    named = ("lm_head", r"re:.*\.down_proj$", "model.layers.0.self_attn.*", "model.embed_tokens")  # the last anyway
+    out = run(dense, tmp_path / "q", ignore=named)
     written = tensors(out)
     assert "model.layers.1.mlp.down_proj.weight" in written
     assert "model.layers.0.self_attn.q_proj.weight" in written
@@ -418,8 +419,17 @@ def test_what_turns_out_to_be_bad_after_some_blocks_does_not_undo_them(
         ({"checkpoint_format": "tar"}, "unknown checkpoint format 'tar'"),
         ({"scheme": "nf4-g32", "checkpoint_format": "compressed-tensors"}, "cannot say nf4-g32"),
         ({"ignore": ("re:[",)}, "no regular expression"),
-        ({"ignore": ("re:.*",)}, "nothing to quantize|keep --ignore lm_head"),
-        ({"ignore": ()}, "lm_head shares its tensor"),
+        ({"ignore": ("re:.*",)}, "nothing to quantize|add --ignore lm_head"),
+        ({"ignore": ()}, "lm_head shares its tensor.*replaces the default, lm_head: add --ignore lm_head"),
+        (
+            {"ignore": ("lm_head", "model.layers.1.mlp.dwn_proj")},
+            r"'model\.layers\.1\.mlp\.dwn_proj' matches no layer "
+            r"of the model; nearest: model\.layers\.1\.mlp\.down_proj",
+        ),
+        ({"ignore": ("lm_head", "model.layers.0")}, "matches no layer"),  # which holds layers and is none
+        ({"method": ""}, "unknown method ''"),
+        ({"scheme": ""}, "unknown scheme ''"),
+        ({"eval_samples": -1}, "-1 held-out windows.*0 to leave"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(

@@ -150,6 +150,7 @@ def test_what_a_target_rules_out() -> None:
         ({"formats": ["int4-g32", "nf9-g32"], "group_size": None}, "unknown format"),
         ({"formats": ["nf4-g32", "nf4-g64"], "group_size": None, "target": "vllm"}, "can have none of the formats"),
         ({"ignore": ["*"]}, "nothing to plan"),
+        ({"ignore": ["*.dwn_proj"]}, r"'\*\.dwn_proj' matches no layer of the model; nearest: "),
         ({"seed": 1}, "measured with another seed"),
     ],
 )

@@ -180,6 +180,8 @@ def test_at_most_caps_an_open_choice_only() -> None:
     tokenizer = WordTokenizer()
     assert pack([words(1000)], tokenizer, sequence_length=16, samples=None, at_most=3).ids.shape[0] == 3
     assert pack([words(40)], tokenizer, sequence_length=16, samples=None, at_most=30).ids.shape[0] == 2
+    with pytest.raises(BadInput, match="samples must be 1 or more, not -1"):
+        pack([words(40)], tokenizer, sequence_length=16, samples=None, at_most=-1)
 
 
 @pytest.mark.parametrize(
