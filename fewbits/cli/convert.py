@@ -27,7 +27,9 @@ def convert(
         bool, typer.Option("--requantize", help="Round again what the format cannot hold, and state the error.")
     ] = False,
     dtype: Annotated[str | None, typer.Option(help=f"Of what becomes dense: {', '.join(DTYPES)}.")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Start over, whatever was done.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard what an unfinished run did; a finished OUT is kept.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the account as JSON.")] = False,
 ) -> None:
     """A quantized checkpoint in another format; lossless where the formats share their numbers, else refused."""

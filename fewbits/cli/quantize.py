@@ -94,7 +94,9 @@ def quantize(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 for what is kept.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: chosen.")] = None,
     checkpoint_format: Annotated[str, typer.Option(help=f"One of {', '.join(FORMATS)}.")] = "auto",
-    restart: Annotated[bool, typer.Option("--restart", help="Start over, whatever was done.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard what an unfinished run did; a finished OUT is kept.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Quantize MODEL to a checkpoint in OUT, layer by layer, with its certificate."""

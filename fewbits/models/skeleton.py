@@ -45,6 +45,8 @@ def skeleton(config: dict[str, Any], *, attention: str | None = None) -> nn.Modu
 
     fields = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise BadInput("config.json has no model_type: take the config.json that belongs to the model")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise Unsupported(
             f"model_type {str(model_type)[:80]!r} is not one transformers knows; upgrade transformers, or convert the "

@@ -19,10 +19,10 @@ NAME = "certificate.json"
 _DISTRIBUTIONS = 6
 
 
-def is_of(directory: Path, fingerprint: dict[str, Any]) -> bool:
-    """Whether `directory` is the finished output of the run with this fingerprint."""
+def fingerprint_of(directory: Path) -> Any:
+    """The fingerprint of the run that `directory` is the finished output of; None where it is none."""
     path = directory / NAME
-    return path.is_file() and read_json(path).get("fingerprint") == fingerprint
+    return read_json(path).get("fingerprint") if path.is_file() else None
 
 
 def write(directory: Path, certificate: dict[str, Any]) -> None:

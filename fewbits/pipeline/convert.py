@@ -101,8 +101,8 @@ def convert(
     """Writes the quantized checkpoint `model` as `to` into the new directory `out`.
 
     dtype: of what becomes dense; default: the source's own. A run that was interrupted continues when it is repeated
-    (restart: begins anew) and refuses to with another source or other arguments. BadInput, before anything is in
-    place, for a layer that `to` cannot hold unless `requantize`.
+    (restart: begins anew) and refuses to with another source or other arguments; a finished `out` is never replaced.
+    BadInput, before anything is in place, for a layer that `to` cannot hold unless `requantize`.
     """
     if to not in targets():
         raise unknown("checkpoint format to convert to", to, targets())
@@ -129,10 +129,13 @@ def convert(
         },
         shard_bytes,
     )
-    if (done := _complete(target, shards)) is not None:
+    record = read_json(target / RECORD) if (target / RECORD).is_file() else {}
+    before = record.get("fingerprint")
+    if before == shards.fingerprint:
+        shards.discard()  # what a run that was killed after its last rename left
         progress(Progress("done", 1, 1, f"{target} is already complete"))
-        return done
-    check_output(target)
+        return Conversion.from_dict(record)
+    check_output(target, before, shards.fingerprint)
     with shards.open(restart=restart):
         try:
             conversion = _write(source, packed, to, target, shards, requantize, dtype, began, progress)
@@ -144,16 +147,6 @@ def convert(
                 f"{target}: {error.strerror or error}; whole shards are kept, repeat the command to continue"
             ) from error
     return conversion
-
-
-def _complete(target: Path, shards: Shards) -> Conversion | None:
-    """The account of `target`, where it is what this very conversion wrote."""
-    path = target / RECORD
-    record = read_json(path) if path.is_file() else {}
-    if record.get("fingerprint") != shards.fingerprint:
-        return None
-    shards.discard()  # what a run that was killed after its last rename left
-    return Conversion.from_dict(record)
 
 
 def _write(

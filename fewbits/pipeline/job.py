@@ -143,10 +143,10 @@ def prepare(
     source = open_source(model)
     if checkpoint_format == mxfp4.FORMAT and (reason := mxfp4.CODEC.refuses_model(source.config())):
         raise Unsupported(f"checkpoint format {mxfp4.FORMAT}: {reason}; compressed-tensors holds MXFP4 of other models")
-    dtype = DTYPES[dtype_name] if dtype_name else source.dtype
-    scheme = dataclasses.replace(scheme, weights=scheme.weights.with_scale_dtype(dtype))
     if checkpoint_format != "gguf":  # which carries its tokenizer in the file, and checks it there
         check_companions(source)
+    dtype = DTYPES[dtype_name] if dtype_name else source.dtype
+    scheme = dataclasses.replace(scheme, weights=scheme.weights.with_scale_dtype(dtype))
     if "lm_head" not in ignore and "lm_head.weight" in source.tied():
         raise Unsupported(
             "lm_head shares its tensor with the embeddings, which stay dense; what is given as --ignore replaces the "

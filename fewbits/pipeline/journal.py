@@ -35,10 +35,22 @@ Streams = dict[str, list[Tensor]]
 _LOCK = "lock"
 
 
-def check_output(out: Path) -> None:
-    """BadInput where there is something that a run would have to overwrite."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out} exists and holds something else; choose another output, or remove it first")
+def check_output(out: Path, before: Any = None, now: Mapping[str, Any] | None = None) -> None:
+    """BadInput where there is something that a run would have to overwrite.
+
+    before: the fingerprint of the finished run that `out` says it is of; now: that of the run to come.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    held = "exists and holds something else"
+    if isinstance(before, dict) and now is not None:
+        held = f"is finished, with other settings ({_changed(before, now)})"
+    raise BadInput(f"{out} {held}; choose another output, or remove it first")
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    keys = dict.fromkeys([*now, *before])
+    return ", ".join(key for key in keys if before.get(key) != now.get(key)) or "older version"
 
 
 class Unfinished:
@@ -53,7 +65,11 @@ class Unfinished:
     @contextlib.contextmanager
     def open(self, *, restart: bool) -> Iterator[Self]:
         """Locks the unfinished run, creating it or continuing one with the same fingerprint."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            (self.directory / _LOCK).touch()
+        except OSError as error:
+            raise BadInput(f"cannot write to '{self.out}': {error.strerror}; choose another output") from error
         with open(self.directory / _LOCK, "w", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,9 +91,8 @@ class Unfinished:
         elif run.exists():
             before = read_json(run)
             if before != self.fingerprint:
-                changed = [key for key in self.fingerprint if before.get(key) != self.fingerprint[key]]
                 raise BadInput(
-                    f"an unfinished run for {self.out} used other settings ({', '.join(changed) or 'older version'}); "
+                    f"an unfinished run for {self.out} used other settings ({_changed(before, self.fingerprint)}); "
                     "repeat its command to finish it, or pass --restart to discard it"
                 )
         write_json(run, self.fingerprint)

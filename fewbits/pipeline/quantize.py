@@ -87,6 +87,7 @@ def quantize(
     experts of the block, or round them "data-free".
     eval_samples: windows of held-out built-in text to measure the loss on, or the windows themselves; 0 to leave it
     unmeasured.
+    restart: discards what an unfinished run for `out` has done; a finished `out` is never replaced.
     Raises BadInput before any work for arguments that make no sense, FewbitsError for a run that fails; an
     interrupted or failed run leaves `out` untouched and continues when repeated.
     """
@@ -115,11 +116,12 @@ def quantize(
         checkpoint_format, eval_samples, sequential, experts, plan, minutes, act_range,
     )  # fmt: skip
     journal = Journal(job.out, job.fingerprint())
-    if certificate.is_of(job.out, journal.fingerprint):
+    before = certificate.fingerprint_of(job.out)
+    if before == journal.fingerprint:
         journal.discard()  # what a run that was killed after its last rename left
         report(Progress("done", 1, 1, f"{job.out} is already complete"))
         return job.out
-    check_output(job.out)
+    check_output(job.out, before, journal.fingerprint)
     with journal.open(restart=restart):
         try:
             _run(job, journal, report, started)
@@ -146,9 +148,9 @@ def _run(job: Job, journal: Journal, report: OnProgress, started: float) -> None
     # A rewritten weight is no number of that dtype: the original must be computed more finely.
     compute = torch.float32 if job.device.type == "cpu" or job.recipe.rewrites else first.dtype
     shell = ModelShell(job.source, job.device, compute)
+    check_ignored(job.ignore, shell.layers())
     shell.transform_inputs(job.input_hadamard)
     chosen = [_chosen(shell, index, job) for index in range(len(shell.blocks))]
-    check_ignored(job.ignore, shell.layers())
     if not any(chosen):
         raise _nothing(shell, job)
     if job.plan is not None:

@@ -109,10 +109,11 @@ def checked(path: Path, kind: str, version: int, way_out: str) -> dict[str, Any]
     """The JSON object in `path` if it says it is of this kind and version; BadInput with the way out if not."""
     try:
         raw = read_json(path)
-    except (BadInput, OSError) as error:
-        raise BadInput(f"'{path}' cannot be read ({error}); {way_out}") from error
+    except BadInput as error:
+        raise BadInput(f"{error}; {way_out}") from error
     if raw.get("kind") != kind:
-        raise BadInput(f"'{path}' is no file of {kind} (kind {raw.get('kind')!r}); {way_out}")
+        found = f"its kind is {raw['kind']!r}" if "kind" in raw else "it has no kind"
+        raise BadInput(f"'{path}' is no file of {kind} ({found}); {way_out}")
     if raw.get("version") != version:
         raise BadInput(f"'{path}' is of version {raw.get('version')!r}; this fewbits reads {version}: {way_out}")
     return raw

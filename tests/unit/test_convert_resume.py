@@ -156,7 +156,7 @@ def test_what_is_complete_is_not_done_again(tmp_path: Path, first: Path) -> None
     done = run(first, tmp_path / "out")
     before = files(tmp_path / "out")
     assert run(first, tmp_path / "out") == done and files(tmp_path / "out") == before
-    with pytest.raises(BadInput, match="exists and holds something else"):
+    with pytest.raises(BadInput, match=r"is finished, with other settings \(to\)"):
         run(first, tmp_path / "out", to="native")
 
 

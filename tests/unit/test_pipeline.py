@@ -456,6 +456,21 @@ def test_an_output_that_holds_something_else_is_left_alone(dense: Path, tmp_path
     assert (tmp_path / "q" / "precious.txt").read_text() == "mine"
 
 
+def test_a_finished_output_of_other_settings_is_left_alone(dense: Path, finished: Path) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
+    for options in ({"restart": True}, {}):
+        with pytest.raises(BadInput, match=r"is finished, with other settings \(scheme\); .*remove it first"):
+            run(dense, finished, "int3-asym-g32", **options)
+    assert {path.name: path.stat().st_mtime_ns for path in finished.iterdir()} == before
+
+
+def test_where_nothing_can_be_written_is_said_by_its_own_name(dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (Path("/proc/foo"), tmp_path / "file" / "q"):
+        with pytest.raises(BadInput, match=rf"^cannot write to '{out}': .*; choose another output$"):
+            run(dense, out, method="rtn", eval_samples=0)
+
+
 def test_no_space_left_is_said_before_and_during(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     with monkeypatch.context() as patch:

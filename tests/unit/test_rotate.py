@@ -342,5 +342,5 @@ def test_a_killed_run_resumes_to_the_same_bytes(
 
 def test_another_seed_is_another_run(dense: Path, tmp_path: Path) -> None:
     run(dense, tmp_path / "q", method="rotate", eval_samples=0)
-    with pytest.raises(BadInput, match="holds something else"):
+    with pytest.raises(BadInput, match=r"is finished, with other settings \(method, evaluation\)"):
         quantize(str(dense), "int4-asym-g32", out=tmp_path / "q", method="rotate", method_options={"rotate.seed": 1})

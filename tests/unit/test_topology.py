@@ -215,6 +215,8 @@ def test_what_cannot_be_built_or_loaded_is_named(tmp_path: Path) -> None:
     config = CONFIGS["llama"].to_dict()
     with pytest.raises(Unsupported, match="model_type 'lama' is not one transformers knows"):
         skeleton(config | {"model_type": "lama"})
+    with pytest.raises(BadInput, match=r"config\.json has no model_type"):
+        skeleton({})
     with pytest.raises(BadInput, match="describes no llama model"):
         skeleton(config | {"hidden_size": -3})
     model = build(CONFIGS["llama"])
