@@ -147,7 +147,7 @@ def prepare(
         check_companions(source)
     dtype = DTYPES[dtype_name] if dtype_name else source.dtype
     scheme = dataclasses.replace(scheme, weights=scheme.weights.with_scale_dtype(dtype))
-    if "lm_head" not in ignore and "lm_head.weight" in source.tied():
+    if not ignored("lm_head", ignore) and "lm_head.weight" in source.tied():
         raise Unsupported(
             "lm_head shares its tensor with the embeddings, which stay dense; what is given as --ignore replaces the "
             "default, lm_head: add --ignore lm_head to it"

@@ -419,7 +419,7 @@ def test_what_turns_out_to_be_bad_after_some_blocks_does_not_undo_them(
         ({"checkpoint_format": "tar"}, "unknown checkpoint format 'tar'"),
         ({"scheme": "nf4-g32", "checkpoint_format": "compressed-tensors"}, "cannot say nf4-g32"),
         ({"ignore": ("re:[",)}, "no regular expression"),
-        ({"ignore": ("re:.*",)}, "nothing to quantize|add --ignore lm_head"),
+        ({"ignore": ("re:.*",)}, "nothing to quantize"),
         ({"ignore": ()}, "lm_head shares its tensor.*replaces the default, lm_head: add --ignore lm_head"),
         (
             {"ignore": ("lm_head", "model.layers.1.mlp.dwn_proj")},
