@@ -37,7 +37,7 @@ def _tune(formats: list[str], shapes: dict[str, tuple[int, int]], tokens: list[i
     from fewbits.kernels.tuning import tune
 
     device = torch.device("cuda", torch.cuda.current_device())
-    layouts: dict[Layout, None] = {}  # on some GPUs formats that differ in their inputs have the same
+    layouts: list[Layout] = []
     for name in formats:
         scheme, columns = parse_scheme(name), max(k for _, k in shapes.values())
         spec = LinearSpec(
@@ -50,7 +50,8 @@ def _tune(formats: list[str], shapes: dict[str, tuple[int, int]], tokens: list[i
         answer, layout = KERNELS.get("cuda_fragments").accepts(spec), layout_for(spec)
         if not (answer and isinstance(layout, Layout)):
             raise Unsupported(f"{name} has no choices to search for: {answer}")
-        layouts[layout] = None
+        if layout not in layouts:  # on some GPUs formats that differ in their inputs have the same
+            layouts.append(layout)
     cases: list[dict[str, Any]] = []
     for layout in layouts:
         cases += tune(layout, list(shapes.values()), tokens, device, message)

@@ -38,19 +38,19 @@ def available() -> str | None:
         return "cuda-bindings, which compiles kernels, is missing: pip install 'fewbits[cuda]'"
     try:
         nvrtc.nvrtcVersion()
-    except Exception as error:  # of the package that looks for the library
+    except RuntimeError as error:  # the library is not found
         return f"CUDA's compiler is missing: pip install nvidia-cuda-nvrtc ({first_line(error)})"
     return None
 
 
-def _check(result: tuple[Any, ...], what: str = "") -> Any:
-    """The value of a call of the bindings, which return (error, value...); what: that was called, for the error."""
+def _check(result: tuple[Any, ...]) -> Any:
+    """The value of a call of the bindings, which return (error, value...)."""
     from cuda.bindings import driver
 
     error, *values = result
     if int(error) != 0:
         name = error.name if not isinstance(error, driver.CUresult) else str(driver.cuGetErrorName(error)[1], "ascii")
-        raise FewbitsError(f"CUDA: {name}{what and ' ' + what}")
+        raise FewbitsError(f"CUDA: {name}")
     return values[0] if len(values) == 1 else tuple(values)
 
 
@@ -129,15 +129,18 @@ class CudaKernel:
 
     def launch(self, grid: tuple[int, int], threads: int, shared: int, arguments: Sequence[Argument]) -> None:
         """On torch's current stream of the device. `shared`: bytes of dynamic shared memory."""
-        with torch.cuda.device(self.device):
-            self._launch(grid, threads, shared, arguments)
+        try:
+            with torch.cuda.device(self.device):
+                self._launch(grid, threads, shared, arguments)
+        except FewbitsError as error:
+            size = f"{grid[0]} x {grid[1]} blocks of {threads} threads, each block {shared} bytes of shared memory"
+            raise FewbitsError(f"{error}, starting kernel {self.name}: {size}") from error
 
     def _launch(self, grid: tuple[int, int], threads: int, shared: int, arguments: Sequence[Argument]) -> None:
         driver = self._driver
         if shared > self._shared:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            asked = f"asking for {shared} bytes of shared memory for kernel {self.name}"
-            _check(driver.cuFuncSetAttribute(self.function, attribute, shared), asked)
+            _check(driver.cuFuncSetAttribute(self.function, attribute, shared))
             self._shared = shared
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1)
@@ -150,8 +153,7 @@ class CudaKernel:
             attribute.value.programmaticStreamSerializationAllowed = 1
             config.attrs, config.numAttrs = [attribute], 1
         pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-        started = f"starting kernel {self.name}, {grid[0]} x {grid[1]} blocks of {threads} threads"
-        _check(driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(pointers), 0), started)
+        _check(driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(pointers), 0))
 
 
 class TensorMap(ctypes.Structure):

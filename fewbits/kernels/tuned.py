@@ -17,6 +17,7 @@ thumb.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass
@@ -100,18 +101,23 @@ def cases(device: str, capability: int) -> tuple[Case, ...]:
     """The cases measured on `device`, else on another of its capability; empty where there are none."""
     of_device = _of(device)
     for path in [*of_device, *_shipped()]:
-        found = _read(path)
-        if found is not None and (path in of_device or found[0] == capability):
-            return found[2]
+        if (found := _read(path)) is not None:
+            measured_on, _, measured = found
+            if path in of_device or measured_on == capability:
+                return measured
     return ()
 
 
 def keep(device: str, capability: int, environment: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
-    """Writes what was measured to the cache folder, beside what was known of other products on this device."""
+    """Writes what was measured to the cache folder, beside what was known of other products on this device.
+
+    In place of a file there that cannot be read.
+    """
     known: dict[tuple[Any, ...], dict[str, Any]] = {}
     for path in reversed(_of(device)):
-        if (found := _read(path)) is not None:
-            known |= found[1]
+        with contextlib.suppress(BadInput):
+            if (found := _read(path)) is not None:
+                known |= found[1]
     known |= {_product(row): row for row in rows}
     record = {"version": VERSION, "device": device, "capability": capability, "environment": environment}
     path = _own(device)

@@ -13,17 +13,12 @@ def _cell(row: dict[str, Any] | None) -> str:
     return "-" if row is None else f"{row['us']:.1f}"
 
 
-def _names(record: dict[str, Any]) -> list[str]:
-    """Contestants that were measured, ours first. Records did not list them once."""
-    return record.get("contestants") or list(dict.fromkeys(row["who"] for row in record["rows"]))
-
-
 def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows: shape, tokens, roof of the first contestant, then microseconds of each.
 
     "-" for what was not measured, or not asked for; a line of nothing else is left out.
     """
-    names = _names(record)
+    names = list(record["accuracy"])  # of all contestants that were here, ours first
     found = {(row["who"], row["shape"], row["tokens"]): row for row in record["rows"] if "us" in row}
     lines = []
     for shape, (n, k) in record["shapes"].items():
@@ -49,7 +44,7 @@ def accuracy_table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def draw(record: dict[str, Any], to: Path) -> None:
     """Writes the figure as `to`.svg and `to`.png: a panel a shape, both axes logarithmic, the roof drawn in."""
-    names = _names(record)
+    names = list(record["accuracy"])
     shapes = list(record["shapes"].items())
     across = min(3, len(shapes))
     down = -(-len(shapes) // across)

@@ -194,6 +194,18 @@ def test_a_file_of_choices_that_cannot_be_read_is_named(text: str, tmp_path, mon
     tuned.forget()
     with pytest.raises(BadInput, match=r"some-gpu-9.json .*--tune"):
         tuned.choice("Some GPU 9", 9, layout(4), 64, 64, 1, 132)
+    of_one = {
+        "bits": 4,
+        "table": False,
+        "group": 128,
+        "n": 64,
+        "k": 64,
+        "m": 1,
+        "kernel": "few",
+        "choices": {"warps": 4},
+    }
+    assert tuned.keep("Some GPU 9", 9, {}, [of_one]) == path  # the way out that is named
+    assert tuned.choice("Some GPU 9", 9, layout(4), 64, 64, 1, 132) == Few(warps=4)
     tuned.forget()
 
 
