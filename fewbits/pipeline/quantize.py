@@ -125,11 +125,10 @@ def quantize(
     with journal.open(restart=restart):
         try:
             _run(job, journal, report, started)
-        except BadInput as error:
-            if not journal.finished():
-                journal.discard()  # nothing here could be continued
-                raise
-            raise BadInput(f"{error}; finished blocks are kept") from error
+        except BadInput:
+            # The input itself is at fault: nothing here could be continued.
+            journal.discard()
+            raise
         except OSError as error:
             raise FewbitsError(
                 f"{job.out}: {error.strerror or error}; finished blocks are kept, repeat the command to continue"

@@ -353,7 +353,7 @@ def small_vocabulary(directory: Path) -> None:
         (lambda directory: (directory / "config.json").write_text("{"), "config.json"),
     ],
 )
-def test_damaged_models_are_refused_and_leave_nothing_but_finished_blocks(
+def test_damaged_models_are_refused_and_leave_nothing(
     dense: Path, tmp_path: Path, change: Callable[[Path], None], message: str
 ) -> None:
     model = broken(dense, tmp_path, change)
@@ -361,10 +361,7 @@ def test_damaged_models_are_refused_and_leave_nothing_but_finished_blocks(
     with pytest.raises(BadInput, match=message) as raised:
         run(model, out)
     assert raised.value.exit_code == 2
-    assert not out.exists()
-    kept = [path.name for path in out.parent.glob(".q.partial/block-*")]
-    assert bool(kept) == str(raised.value).endswith("finished blocks are kept")
-    assert kept or not (out.parent.exists() and list(out.parent.iterdir()))
+    assert not out.exists() and not (out.parent.exists() and list(out.parent.iterdir()))
 
 
 def no_tokenizer(directory: Path) -> None:
@@ -380,23 +377,6 @@ def test_a_model_without_tokenizer_is_refused_before_any_work(
     with pytest.raises(BadInput, match=r"tokenizer cannot be loaded \(it has no tokenizer\.json: copy"):
         run(broken(dense, tmp_path, no_tokenizer), tmp_path / "q", **options, on_progress=seen.append)
     assert not seen and [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_what_turns_out_to_be_bad_after_some_blocks_does_not_undo_them(
-    dense: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from fewbits.pipeline import output
-
-    def refuse(*_: Any) -> None:
-        raise BadInput("no such thing")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(output, "write_companions", refuse)
-        with pytest.raises(BadInput, match="no such thing; finished blocks are kept"):
-            run(dense, tmp_path / "q")
-    seen: list[Progress] = []
-    run(dense, tmp_path / "q", on_progress=seen.append)
-    assert seen[0].note == "resumed after block 3" and same(tensors(tmp_path / "q"), tensors(finished))
 
 
 @pytest.mark.parametrize(
