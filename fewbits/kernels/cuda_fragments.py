@@ -118,8 +118,7 @@ def fragments_e4m3_linear(
         words=words, scale=scale, zero=zero, alpha=alpha, table=None, n=alpha.shape[0], k=x.shape[1]
     )
     config = config_for(layout, weight.n, weight.k, x.shape[0], x.device.index)
-    assert config is not None
-    return fragments.multiply(e4m3_tokens.round_tokens(x, layout.part), weight, layout, config)
+    return fragments.product(e4m3_tokens.round_tokens(x, layout.part), weight, layout, config)
 
 
 @fragments_e4m3_linear.register_fake

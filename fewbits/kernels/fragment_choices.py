@@ -76,7 +76,8 @@ class Many:
 
     share: tiles that are left over are not shared (0), each by the same number of blocks (1), all by all (2).
     split: or the columns of every tile are, by so many blocks of a cluster, if all tiles can be worked on at once.
-    apart: the sums of a group are kept apart.
+    apart: the sums of a group are kept apart; else a level times its scale is rounded, to 16 bits, with E4M3 tokens to
+    E4M3.
     """
 
     wg: int = 2
@@ -112,8 +113,10 @@ class Many:
 
     def ring(self, layout: Layout) -> int:
         """Bytes of weights and tokens on their way."""
-        of_group = 3 if layout.zero and not layout.e4m3 else 2  # bytes a row: a scale, and a zero point
+        zeros = layout.zero and not (layout.e4m3 and self.apart)
+        of_group = 3 if zeros else 2  # bytes a row: a scale, and a zero point
         weights = self.rows * (layout.unit * layout.bits // 8 + layout.groups * of_group)
+        weights = -(-weights // 128) * 128
         return self.stages * (self.nt * (1 if layout.e4m3 else 2) * layout.unit + weights)
 
     def shared(self, layout: Layout, n: int, k: int, m: int, sms: int) -> int:
@@ -155,13 +158,16 @@ def runs_on(config: Config, capability: int) -> bool:
     return capability >= 9 or config.split == 1
 
 
+def dense_takes(layout: Layout, n: int) -> bool:
+    """Whether a dense product takes n rows; in E4M3 cuBLASLt wants whole blocks of 16."""
+    return not layout.e4m3 or n % 16 == 0
+
+
 def fits(config: Config, layout: Layout, n: int, k: int, m: int, sms: int, limit: int = SHARED_LIMIT) -> bool:
     """Whether the configuration takes m tokens, and its blocks no more than `limit` bytes of shared memory."""
     if config.split > layout.units(k) or (isinstance(config, Few) and (layout.e4m3 or m > config.tokens)):
         return False
     if isinstance(config, Many):
-        if layout.e4m3 and not config.apart:
-            return False
         if config.apart and not layout.e4m3 and (not layout.group or layout.group % 64):
             return False
         blocks = config.grid(layout, n, k, m, sms)

@@ -97,13 +97,18 @@ class Packed:
 
 
 def _e4m3_arguments(x: Rounded, weight: Packed, layout: Layout, config: Many) -> tuple[nvrtc.Argument, ...]:
-    """What `many` takes besides with E4M3 tokens: their sums, a block's words of 128 columns and its scales of a unit,
-    each at once, and the tokens' scales."""
+    """What `many` takes besides with E4M3 tokens: their sums or (not `apart`) zero points, a block's words of 128
+    columns and its scales of a unit, each at once, and the tokens' scales."""
     tiles, rows = weight.words.shape[0], config.rows // 16
     words = weight.words.view(tiles, -1).view(torch.int64)
     scales = (weight.scale if layout.group else weight.words).view(tiles, -1).view(torch.int32)
+    zeros = (weight.words if weight.zero is None else weight.zero).view(tiles, -1).view(torch.int32)
+    if config.apart:
+        third = nvrtc.tensor_map(x.sums, (config.nt, 64))
+    else:
+        third = nvrtc.tensor_map(zeros, (rows, 4 * max(1, layout.groups)), swizzled=False)
     return (
-        nvrtc.tensor_map(x.sums, (config.nt, 64)),
+        third,
         nvrtc.tensor_map(words, (rows, 32 * layout.bits), swizzled=False),
         nvrtc.tensor_map(scales, (rows, 8 * max(1, layout.groups)), swizzled=False),
         _pointer(x.scale),
@@ -136,19 +141,30 @@ def multiply(x: Tensor | Rounded, weight: Packed, layout: Layout, config: Config
 
 
 def dense(weight: Packed, layout: Layout) -> Tensor:
-    """The weight in 16 bits, [n, k]."""
+    """The weight in 16 bits, [n, k]; with E4M3 tokens in E4M3, less alpha, [n, k to the next 16] in their order."""
     dtype = torch.float16 if layout.half else torch.bfloat16
-    out = torch.empty(weight.n, weight.k, dtype=dtype, device=weight.words.device)
+    k = weight.k
+    if layout.e4m3:
+        dtype, k = torch.float8_e4m3fn, -(-k // 16) * 16
+    out = torch.empty(weight.n, k, dtype=dtype, device=weight.words.device)
     run = nvrtc.kernel(source(layout, None), "dense", out.device.index)
     arguments = (
         weight.argument(), _pointer(weight.alpha), _pointer(weight.table), _pointer(out),
-        ctypes.c_int(weight.n), ctypes.c_int(weight.k),
+        ctypes.c_int(weight.n), ctypes.c_int(k),
     )  # fmt: skip
     warps = weight.words.shape[0] * weight.words.shape[1]
     run.launch((min(-(-warps // 8), 16 * run.multiprocessors), 1), 256, layout.table_bytes, arguments)
     return out
 
 
-def product(x: Tensor, weight: Packed, layout: Layout, config: Config | None) -> Tensor:
+def product(x: Tensor | Rounded, weight: Packed, layout: Layout, config: Config | None) -> Tensor:
     """x [M, k] -> [M, n] by `config`'s kernel; None: the weight decoded once, and a dense product."""
-    return functional.linear(x, dense(weight, layout)) if config is None else multiply(x, weight, layout, config)
+    if config is not None:
+        return multiply(x, weight, layout, config)
+    if not isinstance(x, Rounded):
+        return functional.linear(x, dense(weight, layout))
+    levels, scale = x.levels.view(torch.float8_e4m3fn), x.scale[: x.levels.shape[0], None]
+    y = torch._scaled_mm(
+        levels, dense(weight, layout).t(), scale, weight.alpha[None, :], out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+    return y.half() if layout.half else y

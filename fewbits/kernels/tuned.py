@@ -29,7 +29,7 @@ from typing import Any
 from fewbits.core.errors import BadInput, first_line
 from fewbits.core.record import write_json
 from fewbits.kernels import nvrtc
-from fewbits.kernels.fragment_choices import SHARED_LIMIT, Config, Few, Many, fits, runs_on
+from fewbits.kernels.fragment_choices import SHARED_LIMIT, Config, Few, Many, dense_takes, fits, runs_on
 from fewbits.kernels.fragment_layout import Layout
 
 VERSION = 3  # 2: `few` kept units in registers, `many` knew no clusters
@@ -149,6 +149,8 @@ def choice(
     nearest = sorted(same, key=lambda case: _distance(case, layout, n, k, m))
     for case in nearest:
         if case.config is None:
+            if not dense_takes(layout, n):
+                continue
             return None
         config = case.config
         if runs_on(config, capability) and fits(config, layout, n, k, m, sms, limit):
@@ -159,6 +161,8 @@ def choice(
 def rule(capability: int, layout: Layout, n: int, k: int, m: int, sms: int, limit: int = SHARED_LIMIT) -> Config | None:
     """A choice without measurements."""
     if layout.e4m3:
+        if m >= 1024 and dense_takes(layout, n):
+            return None
         nt = next(size for size in (16, 32, 64, 128) if m <= size or size == 128)
         tries = [Many(nt=tokens, stages=stages, share=1, apart=True) for tokens in (nt, 16) for stages in (6, 4, 3, 2)]
         return next((config for config in tries if fits(config, layout, n, k, m, sms, limit)), None)

@@ -18,12 +18,13 @@ import torch
 
 from fewbits.kernels import fragments, nvrtc
 from fewbits.kernels.e4m3_tokens import round_tokens
-from fewbits.kernels.fragment_choices import Config, Few, Many, fits, runs_on
+from fewbits.kernels.fragment_choices import Config, Few, Many, dense_takes, fits, runs_on
 from fewbits.kernels.fragment_layout import ROWS, Layout, pack, pack_table
 from fewbits.kernels.timing import Call, copies, microseconds
 
 Progress = Callable[[str], None]
 DENSE_FROM = 256  # tokens
+ROUNDED_FROM = 128  # tokens: below, levels times scales are not rounded to E4M3, which gains nothing
 FINALISTS = 6
 
 
@@ -79,10 +80,15 @@ def _e4m3_candidates(m: int) -> list[Config]:
         (64, 1, 8, 2), (64, 2, 8, 1), (64, 2, 5, 1), (64, 3, 8, 1), (96, 2, 8, 1), (128, 1, 5, 2), (128, 1, 8, 1),
         (128, 2, 8, 1), (128, 2, 5, 1), (160, 2, 6, 1),
     ]  # fmt: skip
+    rounded = [
+        (64, 2, 8, 1), (64, 4, 6, 1), (128, 1, 8, 1), (128, 2, 7, 1), (128, 3, 6, 1), (192, 2, 6, 1), (256, 1, 5, 1),
+        (256, 2, 5, 1), (256, 2, 4, 1),
+    ]  # fmt: skip
     ways = [(share, 1) for share in (0, 1, 2)] + [(0, 2), (0, 4)]
     return [
-        Many(nt=nt, wg=wg, stages=stages, per_sm=per_sm, share=share, split=split, apart=True)
-        for nt, wg, stages, per_sm in wide for share, split in ways
+        Many(nt=nt, wg=wg, stages=stages, per_sm=per_sm, share=share, split=split, apart=apart)
+        for some, apart in ((wide, True), (rounded if m >= ROUNDED_FROM else [], False))
+        for nt, wg, stages, per_sm in some for share, split in ways
         if m / 8 <= nt < max(2 * m, 32) or (m > 768 and nt >= 128)
     ]  # fmt: skip
 
@@ -153,14 +159,13 @@ def tune(
                 for config in candidates(m, layout.e4m3)
                 if config in usable and fits(config, layout, n, k, m, sms, limit)
             ]
-            if not layout.e4m3 and (m >= DENSE_FROM or not configs):
+            if (m >= DENSE_FROM or (not configs and not layout.e4m3)) and dense_takes(layout, n):
                 configs.append(None)
             if not configs:
                 say(f"{n} x {k}, {m} tokens: none of the choices that are tried fits")
                 continue
             some = weights if m <= DENSE_FROM else weights[:4]
-            product = fragments.multiply if layout.e4m3 else fragments.product
-            calls = [[partial(product, x, weight, layout, config) for weight in some] for config in configs]
+            calls = [[partial(fragments.product, x, weight, layout, config) for weight in some] for config in configs]
             best, taken = _fastest(calls)
             chosen = configs[best]
             say(f"{n} x {k}, {m} tokens: {taken:.1f} us, {'dense' if chosen is None else chosen}")

@@ -11,7 +11,7 @@ from fewbits.kernels import KERNELS, LinearSpec, choose, fragments
 from fewbits.kernels.base import split_levels
 from fewbits.kernels.cuda_fragments import fragments_e4m3_linear, layout_for
 from fewbits.kernels.e4m3_tokens import round_tokens
-from fewbits.kernels.fragment_choices import Many, fits
+from fewbits.kernels.fragment_choices import Many, dense_takes, fits
 from fewbits.kernels.fragment_layout import Layout
 from fewbits.metrics.error import sqnr_db
 
@@ -19,6 +19,7 @@ KERNEL = KERNELS.get("cuda_fragments")
 INPUTS = parse_format("fp8_e4m3-token")
 FORMATS = ("int4-g128", "int4-asym-g64", "int4-g32", "int4-asym-g96", "int4-channel", "int4-asym-channel")
 DEVICE = torch.device("cuda", 0)
+ROUNDED_FLOOR_DB = 28  # where levels times scales are rounded to E4M3 as well
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +35,12 @@ def packed(name: str, shape: tuple[int, int]) -> tuple[Quantized, dict[str, Tens
     layout = layout_for(spec)
     assert isinstance(layout, Layout) and layout.e4m3
     return weight, KERNEL.prepack(weight), spec, layout
+
+
+def parts_of(held: dict[str, Tensor], n: int, k: int) -> fragments.Packed:
+    return fragments.Packed(
+        words=held["weight"], scale=held["scales"], zero=held.get("zeros"), alpha=held["alpha"], table=None, n=n, k=k
+    )
 
 
 def expected(x: Tensor, weight: Quantized) -> Tensor:
@@ -87,26 +94,63 @@ def test_rounding_of_inputs_is_what_it_loses() -> None:
 def test_every_kind_of_choice(name: str, n: int, k: int, m: int) -> None:
     """Shared tiles, clusters, several blocks a multiprocessor, more sums of parts than a stage holds."""
     weight, held, _, layout = packed(name, (n, k))
-    parts = fragments.Packed(
-        words=held["weight"], scale=held["scales"], zero=held.get("zeros"), alpha=held["alpha"], table=None, n=n, k=k
-    )
+    parts = parts_of(held, n, k)
     x = torch.randn(m, k, device=DEVICE, dtype=torch.bfloat16)
     rounded, right = round_tokens(x, layout.part), expected(x, weight)
     choices = [
         Many(nt=16, wg=1, stages=4, per_sm=2, apart=True), Many(nt=64, wg=3, apart=True, share=0),
         Many(nt=128, wg=2, apart=True), Many(nt=64, wg=2, apart=True, share=1), Many(nt=128, wg=1, apart=True, split=4),
         Many(nt=160, wg=2, apart=True), Many(nt=64, wg=2, apart=True, split=2), Many(nt=96, wg=2, apart=True),
+        Many(nt=128, wg=2), Many(nt=256, wg=2, stages=3), Many(nt=256, wg=1, stages=3, share=1),
+        Many(nt=64, wg=3, share=0), Many(nt=128, wg=2, split=2), Many(nt=192, wg=2, stages=3, share=0),
+        Many(nt=32, wg=1, split=4),
     ]  # fmt: skip
+    if dense_takes(layout, n):
+        assert_close(as_decoded(held, parts, layout, x), fragments.product(rounded, parts, layout, None), right)
     tried = 0
     for config in choices:
         if fits(config, layout, n, k, m, 132):
             torch.full((m, n), torch.nan, device=DEVICE, dtype=torch.bfloat16)  # what y is likely to be made of
             y = fragments.multiply(rounded, parts, layout, config)
-            assert sqnr_db(right, y) > KERNEL.floor_db, config
+            if config.apart:
+                assert sqnr_db(right, y) > KERNEL.floor_db, config
+            else:
+                assert_close(as_decoded(held, parts, layout, x), y, right)
             for _ in range(10):
                 assert torch.equal(y, fragments.multiply(rounded, parts, layout, config)), config
             tried += 1
-    assert tried > 4
+    assert tried > 8
+
+
+def as_decoded(held: dict[str, Tensor], parts: fragments.Packed, layout: Layout, x: Tensor) -> Tensor:
+    """The product of rounded inputs with levels times scales that are rounded to E4M3, too."""
+    levels = fragments.dense(parts, layout).float().reshape(parts.n, -1, 4, 2, 2)  # 4 c + 2 i + h: 2 c + i + 8 h
+    weight = levels.permute(0, 1, 4, 2, 3).reshape(parts.n, -1)[:, : parts.k].double() * held["alpha"][:, None].double()
+    rows, scale = split_levels(x, INPUTS, {})
+    return (rows.double() @ weight.t()) * scale.double()
+
+
+def assert_close(decoded: Tensor, y: Tensor, right: Tensor) -> None:
+    assert sqnr_db(decoded, y) > KERNEL.floor_db
+    assert sqnr_db(right, y) > ROUNDED_FLOOR_DB
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_weight_in_e4m3_is_its_levels_times_its_scales_rounded(name: str) -> None:
+    weight, held, _, layout = packed(name, (208, 1000))
+    parts = parts_of(held, 208, 1000)
+    found = fragments.dense(parts, layout).float().reshape(208, -1, 4, 2, 2).permute(0, 1, 4, 2, 3).reshape(208, -1)
+    levels = weight.codes.float() - (layout.offset if weight.zero is None else spread(weight.zero, weight).float())
+    scale = spread(weight.scale, weight).float() / held["alpha"][:, None]
+    rounded = (levels.half() * scale.half()).to(torch.float8_e4m3fn).float()
+    assert torch.equal(found[:, :1000], rounded)
+
+
+def spread(values: Tensor, weight: Quantized) -> Tensor:
+    """Of groups, one a column."""
+    rows, columns = weight.shape
+    group = weight.format.scaling.group_size if weight.format.scaling.block == "group" else columns
+    return values.repeat_interleave(group or columns, 1)[:, :columns].expand(rows, columns)
 
 
 def test_x_need_not_be_contiguous_nor_aligned() -> None:

@@ -4,38 +4,41 @@
 // Macros. INPUT (0 bfloat16, 1 float16, 2 float32); THREADS of a block, which rounds a token; CHUNKS of 16 columns of a
 // thread, kept in registers between finding the largest magnitude and rounding; PART columns a sum.
 
-DEVICE float wide(u16 bits) { return INPUT == 1 ? low_half(bits) : __uint_as_float((u32)bits << 16); }
+constexpr int HELD = INPUT == 2 ? 16 : 8;  // words of 16 columns: as they came, which leaves room for more blocks
+
+// Column j of 16.
+DEVICE float value(const u32* held, int j) {
+#if INPUT == 2
+  return __uint_as_float(held[j]);
+#elif INPUT == 1
+  return j % 2 ? high_half(held[j / 2]) : low_half(held[j / 2]);
+#else
+  return __uint_as_float(j % 2 ? held[j / 2] & 0xffff0000 : held[j / 2] << 16);
+#endif
+}
 
 // 16 columns of a token from `column` on, zeros past the last. `aligned`: every row begins on 16 bytes, K is a multiple
 // of 8.
-DEVICE void read(const u8* row, int column, int k, bool aligned, float* v) {
+DEVICE void read(const u8* row, int column, int k, bool aligned, u32* held) {
+  constexpr int FOUR = 64 / HELD;  // columns in 16 bytes
+#pragma unroll
+  for (int i = 0; i < HELD; i += 4) {
+    const int first = column + i * FOUR / 4;
+    if (aligned && first < k) {
+      const uint4 words = *(const uint4*)(row + (u64)first * (16 / FOUR));
+      held[i] = words.x, held[i + 1] = words.y, held[i + 2] = words.z, held[i + 3] = words.w;
+      continue;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
 #if INPUT == 2
-#pragma unroll
-  for (int i = 0; i < 16; i += 4) {
-    const float* from = (const float*)row + column + i;
-    if (aligned && column + i < k) {
-      const float4 four = *(const float4*)from;
-      v[i] = four.x, v[i + 1] = four.y, v[i + 2] = four.z, v[i + 3] = four.w;
-    } else {
-#pragma unroll
-      for (int j = 0; j < 4; j++) v[i + j] = column + i + j < k ? from[j] : 0;
-    }
-  }
+      held[i + j] = first + j < k ? ((const u32*)row)[first + j] : 0;
 #else
-#pragma unroll
-  for (int i = 0; i < 16; i += 8) {
-    const u16* from = (const u16*)row + column + i;
-    if (aligned && column + i < k) {
-      const uint4 eight = *(const uint4*)from;
-      const u32 two[4] = {eight.x, eight.y, eight.z, eight.w};
-#pragma unroll
-      for (int j = 0; j < 8; j++) v[i + j] = wide((u16)(two[j / 2] >> 16 * (j % 2)));
-    } else {
-#pragma unroll
-      for (int j = 0; j < 8; j++) v[i + j] = column + i + j < k ? wide(from[j]) : 0;
+      const int low = first + 2 * j;
+      held[i + j] = (low < k ? ((const u16*)row)[low] : 0) | (low + 1 < k ? ((const u16*)row)[low + 1] : 0) << 16;
+#endif
     }
   }
-#endif
 }
 
 DEVICE u32 largest_of_warp(u32 bits) {
@@ -64,13 +67,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   wait_for_inputs();
 
   const u8* const row = x + blockIdx.x * pitch;
-  float v[CHUNKS][16];
+  u32 held[CHUNKS][HELD];
   u32 reach = 0;  // bits of magnitudes are ordered as they are, NaN last
 #pragma unroll
   for (int i = 0; i < CHUNKS; i++) {
-    read(row, 16 * (i * THREADS + threadIdx.x), k, aligned, v[i]);
+    read(row, 16 * (i * THREADS + threadIdx.x), k, aligned, held[i]);
 #pragma unroll
-    for (int j = 0; j < 16; j++) reach = max(reach, __float_as_uint(v[i][j]) & 0x7fffffff);
+    for (int j = 0; j < 16; j++) reach = max(reach, __float_as_uint(value(held[i], j)) & 0x7fffffff);
   }
   reach = largest_of_warp(reach);
   if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = reach;
@@ -84,15 +87,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int i = 0; i < CHUNKS; i++) {
     const int chunk = i * THREADS + threadIdx.x;
     float sum = 0;
-#pragma unroll
-    for (int j = 0; j < 16; j++) {  // v / scale as IEEE rounds it (Markstein 1990)
-      const float quotient = v[i][j] * inverse;
-      v[i][j] = __fmaf_rn(__fmaf_rn(-quotient, scale, v[i][j]), inverse, quotient);
-    }
+    auto over_scale = [&](int j) {  // as IEEE rounds it (Markstein 1990)
+      const float v = value(held[i], j), quotient = v * inverse;
+      return __fmaf_rn(__fmaf_rn(-quotient, scale, v), inverse, quotient);
+    };
     u32 out[4];  // a word: columns 2 c, 2 c + 8, 2 c + 1, 2 c + 9
 #pragma unroll
     for (int c = 0; c < 4; c++)
-      out[c] = round_two(v[i][2 * c], v[i][2 * c + 8], sum) | round_two(v[i][2 * c + 1], v[i][2 * c + 9], sum) << 16;
+      out[c] = round_two(over_scale(2 * c), over_scale(2 * c + 8), sum) |
+               round_two(over_scale(2 * c + 1), over_scale(2 * c + 9), sum) << 16;
     if (16 * chunk < width) *(uint4*)(q + (u64)blockIdx.x * width + 16 * chunk) = make_uint4(out[0], out[1], out[2], out[3]);
     partial[chunk] = sum;  // zero past the last column
   }

@@ -276,6 +276,41 @@ DEVICE void offsets(u32 zeros, u32* offset) {
 #endif
 }
 
+#if E4M3
+// Levels times scales as E4M3: what a product takes whose tensor cores add up groups too.
+struct Scaled {
+  u32 scale[2], offset[2];  // of row g and of row g + 8, twice in float16; taken off 1024 + code, and off 64 + code
+
+  DEVICE Scaled(u32 scales, u32 zeros) {
+    scale[0] = permute(scales, 0, 0x1010), scale[1] = permute(scales, 0, 0x3232);
+    offset[0] = 0x64006400 + OFFSET * 0x00010001, offset[1] = 0xd400d400 + OFFSET * 0x00100010;
+#if ZERO
+    offset[0] = permute(zeros, 0x64646464, 0x4040), offset[1] = permute(zeros, 0, 0x4141) * 16 + 0xd400d400;
+#endif
+  }
+
+  // A word: four E4M3 of row g, and of row g + 8, columns 2 c, 2 c + 8, 2 c + 1, 2 c + 9 of a tile.
+  DEVICE void levels(u32 word, u32& above, u32& below) const {
+    const u32 low = 0x000f000f, high = 0x00f000f0, magic = 0x64006400;
+    above = e4m3(and_or(word, low, magic), and_or(word >> 8, low, magic), 0x3c003c00, offset[0] ^ 0x80008000, scale[0]);
+    below = e4m3(and_or(word, high, magic), and_or(word >> 8, high, magic), 0x2c002c00, offset[1], scale[1]);
+  }
+
+ private:
+  // (a * by + plus) * scale; every sum is a whole number and exact.
+  DEVICE static u32 e4m3(u32 a, u32 b, u32 by, u32 plus, u32 scale) {
+    u32 out;
+    asm("{.reg .b32 a, b, t; .reg .b16 l, h;"
+        "fma.rn.f16x2 a, %1, %3, %4; fma.rn.f16x2 b, %2, %3, %4;"
+        "mul.rn.f16x2 a, a, %5; mul.rn.f16x2 b, b, %5;"
+        "cvt.rn.satfinite.e4m3x2.f16x2 l, a; cvt.rn.satfinite.e4m3x2.f16x2 h, b;"
+        "mov.b32 t, {l, h}; prmt.b32 %0, t, 0, 0x3120;}"
+        : "=r"(out) : "r"(a), "r"(b), "r"(by), "r"(plus), "r"(scale));
+    return out;
+  }
+};
+#endif
+
 // The table of pairs of levels, once per lane: entry e of lane l at word 32 e + l, so that no two lanes of a warp meet in
 // a bank. `pairs`: [2 ** (2 BITS)] in memory.
 #if TABLE

@@ -47,7 +47,7 @@ struct Cache {
 
 struct Shared {
   u8 ring[STAGES][STAGE];
-  float sums[MULTIPLIERS][HEADS * PADDED];
+  alignas(16) float sums[MULTIPLIERS][HEADS * PADDED];
   float highest[HEADS][MULTIPLIERS], weight[HEADS][MULTIPLIERS];  // the largest score, sums of weights relative to it
   u8 queries[2 * HEADS][D + 16];                                  // columns: the high and the low part of each head
   float unit[HEADS], whole[HEADS][GROUPS];                        // see Queries
@@ -71,6 +71,7 @@ DEVICE void mma(int* acc, const u32* a, const u32* b) {
                : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 DEVICE float power_of_2(float x) { float out; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x)); return out; }
 DEVICE float other(float x, int lanes) { return __shfl_xor_sync(~0u, x, lanes); }
 DEVICE int largest_of(int a, int b) { return a > b ? a : b; }
@@ -474,24 +475,26 @@ DEVICE void join_blocks(Shared& shared, const Pieces& pieces, u32 begin, u32 end
   meet();
 }
 
-// Joins the warps of this block and, if others share the unit and this is the last to be done, the blocks.
-DEVICE void join(const State& state, Shared& shared, const Pieces& pieces, const Line& line, u32 first, u32 tiles,
-                 Query* out, int real, int warp) {
+// Joins the warps of this block and, if others share the unit, blocks `begin` to `end`, and this is the last to be done,
+// the blocks.
+DEVICE void join(const State& state, Shared& shared, const Pieces& pieces, u32 begin, u32 end, Query* out, int real,
+                 int warp) {
   leave(state, shared, warp);
-  const u32 begin = line.block_of(first), end = line.block_of(first + tiles - 1) + 1;
   const bool shares = end - begin > 1;
   const u32 piece = 2 * blockIdx.x + (blockIdx.x == begin);  // a block ends one unit and begins another
 #pragma unroll 1
-  for (int x = threadIdx.x; x < HEADS * D; x += MULTIPLYING) {
+  for (int x = 4 * threadIdx.x; x < HEADS * D; x += 4 * MULTIPLYING) {
     const int head = x / D;
-    float sum = 0, weight = 0;
+    float4 sum = {0, 0, 0, 0};
+    float weight = 0;
 #pragma unroll
     for (int w = 0; w < MULTIPLIERS; w++) {
-      sum += shared.sums[w][head * PADDED + x % D];
+      const float4 of = *(const float4*)(shared.sums[w] + head * PADDED + x % D);
+      sum.x += of.x, sum.y += of.y, sum.z += of.z, sum.w += of.w;
       weight += shared.weight[head][w];
     }
     if (shares) {
-      pieces.sums[(u64)piece * HEADS * D + x] = sum;
+      *(float4*)(pieces.sums + (u64)piece * HEADS * D + x) = sum;
       if (x % D == 0) {
         float highest = NOTHING;
 #pragma unroll
@@ -499,7 +502,8 @@ DEVICE void join(const State& state, Shared& shared, const Pieces& pieces, const
         *(float2*)(pieces.stats + (piece * HEADS + head) * 2) = {highest, weight};
       }
     } else if (head < real) {
-      out[x] = as_query(__fdividef(sum, weight));
+      out[x] = as_query(__fdividef(sum.x, weight)), out[x + 1] = as_query(__fdividef(sum.y, weight));
+      out[x + 2] = as_query(__fdividef(sum.z, weight)), out[x + 3] = as_query(__fdividef(sum.w, weight));
     }
   }
   meet();
@@ -527,6 +531,7 @@ decode(Cache cache, const Query* __restrict__ q, Query* __restrict__ out, Pieces
     barrier_init(shared_address(shared.empty + threadIdx.x), 4);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
+  if (threadIdx.x < cache.batches) prefetch(cache.lengths + threadIdx.x);  // no copy starts before they are known
   wait_for_inputs();  // all that is read here
   const Line line = line_of(cache);
   __syncthreads();
@@ -544,6 +549,8 @@ decode(Cache cache, const Query* __restrict__ q, Query* __restrict__ out, Pieces
     const u64 row = (u64)(at.batch * cache.heads + head) * RATIO + part * HEADS;
     const u32 count = least_of(at.tiles - at.tile, end - begin - n);
     if (warp < HEADS) round_query(shared, warp, q + row * D, warp < real, scale);
+    const u32 first = begin + n - at.tile;  // the unit's, and the blocks that share it
+    const u32 from = line.block_of(first), to = line.block_of(first + at.tiles - 1) + 1;
     meet();
     Queries queries;
     load_queries(queries, shared);
@@ -574,7 +581,7 @@ decode(Cache cache, const Query* __restrict__ q, Query* __restrict__ out, Pieces
     }
     // The next kernel in the stream may take the places of blocks that are done while the last ones join.
     let_next_start();
-    join(state, shared, pieces, line, begin + n - at.tile, at.tiles, out + row * D, real, warp);
+    join(state, shared, pieces, from, to, out + row * D, real, warp);
     n += count;
     next_unit(cache, at);
   }

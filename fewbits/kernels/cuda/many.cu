@@ -23,9 +23,10 @@ constexpr int MANY_ROWS = 64 * WG, STEPS_OF_64 = 4;
 constexpr int WIDE = E4M3 ? 128 : 64, TURNS = UNIT / WIDE;  // columns of a token in 128 bytes; even with 64
 constexpr int TOKENS_OF_64 = NT * 128, TOKENS_BYTES = TURNS * TOKENS_OF_64;  // of so many columns, and of a stage
 // Weights of a stage: words of each tile, scales of each, zero points of each.
-constexpr int WORD_BYTES = 4 * UNIT_WORDS, SCALE_BYTES = 32 * SCALES, ZERO_BYTES = ZERO && !E4M3 ? 16 * SCALES : 0;
+constexpr int WORD_BYTES = 4 * UNIT_WORDS, SCALE_BYTES = 32 * SCALES;
+constexpr int ZERO_BYTES = ZERO && !(E4M3 && APART) ? 16 * SCALES : 0;
 constexpr int SCALES_AT = 4 * WG * WORD_BYTES, ZEROS_AT = SCALES_AT + 4 * WG * SCALE_BYTES;
-constexpr int WEIGHTS_BYTES = ZEROS_AT + 4 * WG * ZERO_BYTES;
+constexpr int COPIED_BYTES = ZEROS_AT + 4 * WG * ZERO_BYTES, WEIGHTS_BYTES = (COPIED_BYTES + 127) & ~127;
 // Sums of a tile come in pieces of 16 rows x 16 tokens, 8 to a lane; a warp has PIECES of them.
 constexpr int PIECES = NT / 16, TURNED = PIECES % 2 ? 1 : 2, TILE_SUMS = MANY_ROWS * NT;  // TURNED: at a time
 constexpr int TOKEN_GROUP = 4;  // blocks of tokens that go through all rows together
@@ -40,13 +41,15 @@ constexpr int COPIERS = 3;  // warps that copy weights; one more copies tokens
 // in float16. So it is taken off when a run is done, by a product whose columns are the parts.
 //
 // The tensor cores add E4M3 products with some 14 bits. Sums of a part, PART columns of a group (at most 128), are kept
-// apart and added in float32.
+// apart and added in float32. With many tokens that adding takes as long as multiplying. Not APART, a level times its
+// scale is rounded to E4M3, and everything is left to the tensor cores.
 //
 // A unit is copied by one instruction for the words of all tiles and one for their scales (tensor maps of two
 // dimensions): the engine is a tenth slower at as many copies of 1 KB as there are tiles.
 #if E4M3
 constexpr int PARTS = UNIT / PART, PART_STEPS = PART / 32;
 constexpr int WIDE_BYTES = 4096 * WG;  // of a block's words for 128 columns, 1 KB a tile
+constexpr int CODE = APART ? 512 : 1;  // codes count as code * 2^-9
 [[maybe_unused]] constexpr u32 ONE = 0x3c003c00;  // twice, in float16
 constexpr int SUMS_WIDE = 64;  // parts of a token in 128 bytes
 #endif
@@ -179,7 +182,7 @@ DEVICE void put_piece(u32 mine, u16* y, int first_row, int first_token, int m, i
       if (to + i < n) out[i] = (u16)(eight[i / 2] >> 16 * (i % 2));
 }
 
-#if E4M3
+#if E4M3 && APART
 // Scale times zero point of a part, of rows g and g + 8 of a tile: two float16.
 DEVICE u32 zero_of_part(const Weight& w, int tile, int part) {
   u32 scale = ONE, zero = 0x64006400 + OFFSET * 0x00010001;  // 1024 + zero
@@ -202,8 +205,8 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
 #endif
     many(Weight w, const float* alpha, const u32* pairs, const __grid_constant__ TensorMap map,
 #if E4M3
-         const __grid_constant__ TensorMap sums_map, const __grid_constant__ TensorMap words_map,
-         const __grid_constant__ TensorMap scales_map, const float* token_scale,
+         const __grid_constant__ TensorMap third_map, const __grid_constant__ TensorMap words_map,
+         const __grid_constant__ TensorMap scales_map, const float* token_scale,  // third: sums, or zero points
 #endif
          u16* y, float* left, u32* counts, int m, int n) {
   __shared__ __align__(8) u64 barriers[2 * STAGES];
@@ -244,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
         const int tile = first_row / 16 + of;
         return (u64)(tile < w.tiles ? tile : w.tiles - 1) * w.units + unit;
       };
-#if E4M3
+#if E4M3 && APART
       const int sums = work.first * PARTS / SUMS_WIDE * SUMS_WIDE;
       const int more = (work.last * PARTS - sums + SUMS_WIDE - 1) / SUMS_WIDE;  // stages of sums, after those of units
 #else
@@ -253,17 +256,21 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
       for (int unit = work.first; unit < work.last + more; unit++) {
         barrier_wait(empty + 8 * slot, phase);
         const u32 arrived = full + 8 * slot, to = weights + slot * WEIGHTS_BYTES;
-#if E4M3
+#if E4M3 && APART
         if (unit >= work.last) {
           if (lane == 0) barrier_expect(arrived, copier ? TOKENS_OF_64 : 0);
           if (lane == 0 && copier)
-            read_tile(tokens + slot * TOKENS_BYTES, &sums_map, sums + (unit - work.last) * SUMS_WIDE, first_token, arrived);
-        } else if (copier == 0) {
-          if (lane == 0) barrier_expect(arrived, WEIGHTS_BYTES);
+            read_tile(tokens + slot * TOKENS_BYTES, &third_map, sums + (unit - work.last) * SUMS_WIDE, first_token, arrived);
+        } else
+#endif
+#if E4M3
+        if (copier == 0) {
+          if (lane == 0) barrier_expect(arrived, COPIED_BYTES);
           __syncwarp();
           if (lane < TURNS)  // a map's elements of words are 8 bytes
             read_tile(to + lane * WIDE_BYTES, &words_map, (unit * TURNS + lane) * 128, first_row / 16, arrived);
           if (GROUP && lane == 31) read_tile(to + SCALES_AT, &scales_map, unit * SCALES * 8, first_row / 16, arrived);
+          if (ZERO_BYTES && lane == 30) read_tile(to + ZEROS_AT, &third_map, unit * SCALES * 4, first_row / 16, arrived);
         } else
 #endif
         if (copier < COPIERS) {  // words: a tile a lane
@@ -319,7 +326,7 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
 #pragma unroll
       for (int i = 0; i < NT / 2; i++) acc[i] += (i & 2 ? below : above) * apart[APART ? i : 0];
     };
-#if E4M3
+#if E4M3 && APART
     u32 a[PART_STEPS][4], q[2][WORDS];
 #pragma unroll
     for (int i = 0; i < NT / 2; i++) apart[i] = 0;
@@ -397,6 +404,47 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
       if (begin >= to) break;
       take(begin);
     }
+#elif E4M3
+    u32 a[2][2][4], q[2][WORDS];
+    Scaled scaled(ONE, 0);
+    for (int unit = work.first; unit < work.last; unit++) {
+      barrier_wait(full + 8 * slot, phase);
+      const u32 here = slot * WEIGHTS_BYTES;
+      const u32 at = __shfl_sync(0xffffffff, descriptor + slot * (TOKENS_BYTES / 16), 0);  // the same in all lanes
+      auto read_words = [&](int turn) { read4(q[turn & 1], words + here + turn / 2 * WIDE_BYTES + turn % 2 * 512); };
+      read_words(0);
+#pragma unroll
+      for (int turn = 0; turn < UNIT / 64; turn++) {
+        u32(*now)[4] = a[turn & 1];  // the other may still be read
+        const u32* const two = q[turn & 1];
+        if (turn + 1 < UNIT / 64) read_words(turn + 1);
+#pragma unroll
+        for (int step = 0; step < 2; step++) {
+          const int column = turn * 64 + step * 32;
+#if GROUP
+          if (column % GROUP == 0) {
+            u32 zero = 0;
+            if (ZERO) zero = read_half(zeros + here + column / GROUP * 16);
+            scaled = Scaled(read1(scales + here + column / GROUP * 32), zero);
+          }
+#endif
+          scaled.levels(two[2 * step], now[step][0], now[step][1]);
+          scaled.levels(two[2 * step + 1], now[step][2], now[step][3]);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) asm volatile("" : "+r"(now[i / 4][i % 4]));
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < 2; step++) wgmma(acc, now[step], at + turn / 2 * (TOKENS_OF_64 / 16) + turn % 2 * 4 + 2 * step, 1);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (turn == 0 && unit > work.first && threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * before);
+      }
+      before = slot;
+      if (++slot == STAGES) slot = 0, phase ^= 1;
+    }
+    wgmma_wait<0>();
+    if (threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * before);
 #else
     u32 a[2][STEPS_OF_64][4], q[WORDS], offset[2], low = ONES, high = ONES;
     offsets(0, offset);
@@ -540,9 +588,9 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
       const float2* of = (const float2*)(token_scale + first_token + 16 * j + 2 * (lane & 3));
       const float2 first = of[0], second = of[4];
 #pragma unroll
-      for (int i = 0; i < 8; i += 2) {  // codes counted as code * 2^-9
+      for (int i = 0; i < 8; i += 2) {
         const float2 t = i < 4 ? first : second;
-        acc[8 * j + i] *= 512 * t.x, acc[8 * j + i + 1] *= 512 * t.y;
+        acc[8 * j + i] *= CODE * t.x, acc[8 * j + i + 1] *= CODE * t.y;
       }
     }
 #endif
