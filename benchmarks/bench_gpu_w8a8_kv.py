@@ -1,6 +1,6 @@
 """8-bit products, rounding of tokens and decode attention on a GPU: how right, and how fast.
 
-    python benchmarks/bench_gpu_w8a8_kv.py [--parts product shapes tokens kv] [--output FILE]      about a minute
+    python benchmarks/bench_gpu_w8a8_kv.py [--parts product shapes chains tokens kv] [--output FILE]      two minutes
 
 Times are medians of CUDA-graph replays over buffers that together exceed the L2, on random data. Where several
 divisions of the work are tried, the record keeps each; "default" is what the package takes by itself. The record goes
@@ -120,7 +120,7 @@ def products() -> dict[str, Any]:
     weights = torch.randn(size, 16, device=GPU).bfloat16()
 
     def w8a8(i: int) -> Tensor:
-        q, scale, _ = quantize.launch(x[i], *INT8_RANGE)
+        q, scale, _ = quantize.quantize_tokens(x[i], *INT8_RANGE)
         return own((q, sets[i][1], scale, sets[i][3]))
 
     def llm_int8(i: int) -> Tensor:
@@ -157,7 +157,7 @@ def shapes() -> dict[str, Any]:
                 rows["fp8 _scaled_mm"] = attempt(over(sets, lambda s: scaled_mm(s, True)))
                 rows["fp8 _scaled_mm, exact sums"] = attempt(over(sets, lambda s: scaled_mm(s, False)))
             rows[f"{kind} default"] = attempt(over(sets, own))
-        rounding = microseconds(over(x, lambda x: quantize.launch(x, *FP8_RANGE)))
+        rounding = microseconds(over(x, lambda x: quantize.quantize_tokens(x, *FP8_RANGE)))
         fp8 = best({kind: us for kind, us in rows.items() if "exact" not in kind and "fp8" in kind})
         int8 = rows["int8 default"]
         found[name] = {"bf16_us": bf16, "us": rows, "rounding_us": rounding}
@@ -183,6 +183,57 @@ def shapes() -> dict[str, Any]:
     return found
 
 
+def chains() -> dict[str, Any]:
+    """Layers of an 8B model with what comes before them, 4096 tokens: in bfloat16 by the fastest that torch has for it,
+    and in E4M3 rounded on the way. Attention is in bfloat16 in both, and taken off the times of o."""
+    weight = torch.rand(4096, device=GPU).bfloat16()
+    shape = 1, QUERIES, 4096, WIDTH
+    qkv = [[torch.randn(shape, device=GPU).bfloat16() for _ in range(3)] for _ in range(2)]
+    norm = Callables("rms_norm", lambda x: functional.rms_norm(x, (x.shape[1],), weight, 1e-5))
+    silu = Callables("silu", lambda x: functional.silu(x[:, : x.shape[1] // 2]) * x[:, x.shape[1] // 2 :])
+
+    def attention(i: int) -> Tensor:
+        y = functional.scaled_dot_product_attention(*qkv[i], is_causal=True)
+        return y.transpose(1, 2).reshape(4096, -1)
+
+    found: dict[str, Any] = {}
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        alone = microseconds(over([0, 1], attention))
+        for name, (n, k) in SHAPES.items():
+            w = [torch.randn(n, k, device=GPU).bfloat16() for _ in range(2)]
+            sets = [operands(4096, n, k, torch.float8_e4m3fn) for _ in range(2)]
+            before = {"o": None, "down": silu}.get(name, norm)
+
+            def fp8(i: int, x: Tensor, *before: Any) -> Tensor:
+                q, scale, _ = quantize.quantize_tokens(x, *FP8_RANGE, *before)
+                return scaled_mm((q, sets[i][1], scale, sets[i][3]), True)
+
+            if before is None:
+                taken = alone
+                sixteen = microseconds(over([0, 1], lambda i: functional.linear(attention(i), w[i])))
+                eight = microseconds(over([0, 1], lambda i: fp8(i, attention(i))))
+            else:
+                taken, columns = 0.0, k if before is norm else 2 * k
+                x = [torch.randn(4096, columns, device=GPU).bfloat16() for _ in range(2)]
+                sixteen = min(
+                    microseconds(over([0, 1], lambda i: functional.linear(way(x[i]), w[i]))) for way in before.ways
+                )
+                eight = microseconds(over([0, 1], lambda i: fp8(i, x[i], before.name, weight, 1e-5)))
+            found[name] = {
+                "before": before.name if before else "attention", "before_alone_us": taken, "bf16_us": sixteen,
+                "fp8_us": eight, "fp8_over_bf16": round((sixteen - taken) / (eight - taken), 2),
+            }  # fmt: skip
+            print("with what comes before,", name, found[name])
+    return found
+
+
+class Callables:
+    """An operation of torch's: as it is, and as torch compiles it."""
+
+    def __init__(self, name: str, call: Callable[[Tensor], Tensor]) -> None:
+        self.name, self.ways = name, (call, torch.compile(call, dynamic=False))
+
+
 def tokens() -> dict[str, Any]:
     """Rounding of 4096 tokens to INT8, alone and with what comes before it."""
     weight = torch.rand(14336, device=GPU).bfloat16()
@@ -191,14 +242,16 @@ def tokens() -> dict[str, Any]:
         x = [torch.randn(4096, k, device=GPU).bfloat16() for _ in range(3)]
         wide = [torch.randn(4096, 2 * k, device=GPU).bfloat16() for _ in range(2)]
         norm = over(x, lambda x: functional.rms_norm(x, (k,), weight[:k], 1e-5))
-        fused = over(x, lambda x: quantize.launch(x, *INT8_RANGE, "rms_norm", weight[:k], 1e-5))
+        fused = over(x, lambda x: quantize.quantize_tokens(x, *INT8_RANGE, "rms_norm", weight[:k], 1e-5))
+        gated = over(wide, lambda x: quantize.quantize_tokens(x, *INT8_RANGE, "silu"))
         found[str(k)] = {
-            "alone_us": {
+            "alone_us": microseconds(over(x, lambda x: quantize.quantize_tokens(x, *INT8_RANGE))),
+            "alone_by_triton_us": {
                 w: microseconds(over(x, lambda x: quantize.launch(x, *INT8_RANGE, warps=w))) for w in (2, 4, 8)
             },
             "torch_rms_norm_us": microseconds(norm),
             "rms_norm_and_rounding_us": microseconds(fused),
-            "silu_and_rounding_us": microseconds(over(wide, lambda x: quantize.launch(x, *INT8_RANGE, "silu"))),
+            "silu_and_rounding_us": microseconds(gated),
         }
         print("rounding, K", k, found[str(k)])
     return found
@@ -288,7 +341,7 @@ def accuracy(length: int = 4000) -> dict[str, float]:
     return found
 
 
-PARTS = {"product": products, "shapes": shapes, "tokens": tokens, "kv": kv}
+PARTS = {"product": products, "shapes": shapes, "chains": chains, "tokens": tokens, "kv": kv}
 
 
 def main() -> None:

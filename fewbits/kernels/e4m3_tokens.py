@@ -7,24 +7,20 @@ four bytes that the tensor cores take for columns 4 c .. 4 c + 3 (fragment_layou
 not mind the order of columns that both sides have: it is the tokens that are written in it, where it costs nothing. The
 sums of `Layout.part` columns, in float16 and times 2**-9, are what zero points are multiplied by.
 
-Rounded values and scales are those of triton_quantize.py, to the bit; unlike that pass this one lets the product after
-it begin to read its weights (programmatic dependent launch).
+It is done by the kernel of cuda_tokens.py, which writes another order here and adds.
 """
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from fewbits.kernels import nvrtc
+from fewbits.kernels import cuda_tokens
 
-_MOST_THREADS = 512
 _MOST_TOKENS = 256  # of a tile
-_INPUTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_TOP = 448.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,19 +33,9 @@ class Rounded:
     sums: Tensor
 
 
-@lru_cache(maxsize=64)
 def source(dtype: torch.dtype, columns: int, part: int) -> str:
-    """e4m3_tokens.cu for x of `dtype` with `columns`, and sums of `part` of them."""
-    threads, chunks = shape(columns)
-    macros = {"INPUT": _INPUTS[dtype], "THREADS": threads, "CHUNKS": chunks, "PART": part}
-    return nvrtc.program(macros, "e4m3_tokens")
-
-
-def shape(columns: int) -> tuple[int, int]:
-    """Threads of a block, and chunks of 16 columns of a thread."""
-    chunks = -(-columns // 16)
-    each = -(-chunks // _MOST_THREADS)
-    return -(-chunks // each // 32) * 32, each
+    """tokens.cu for x of `dtype` with `columns`, and sums of `part` of them."""
+    return cuda_tokens.source(dtype, columns, torch.float8_e4m3fn, part=part)
 
 
 def round_tokens(x: Tensor, part: int) -> Rounded:
@@ -63,10 +49,7 @@ def round_tokens(x: Tensor, part: int) -> Rounded:
     levels = torch.empty(m, -(-k // 16) * 16, dtype=torch.uint8, device=device)
     scale = torch.empty(m + _MOST_TOKENS, dtype=torch.float32, device=device)
     sums = torch.empty(m, -(-k // part // 8) * 8, dtype=torch.float16, device=device)
-    run = nvrtc.kernel(source(x.dtype, k, part), "round_tokens", device.index)
-    pitch = x.stride(0) * x.element_size()
-    aligned = k % 8 == 0 and pitch % 16 == 0 and x.data_ptr() % 16 == 0
-    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, levels, scale, sums)]
-    sizes = [ctypes.c_int(size) for size in (k, levels.shape[1], sums.shape[1], aligned)]
-    run.launch((m, 1), shape(k)[0], 0, (*pointers, ctypes.c_longlong(pitch), *sizes))
+    threads, _ = cuda_tokens.shape(k, part)
+    limits = _TOP, -_TOP, _TOP
+    cuda_tokens.run(source(x.dtype, k, part), threads, x, k, None, levels, scale, sums, 0.0, limits)
     return Rounded(levels=levels, scale=scale, sums=sums)

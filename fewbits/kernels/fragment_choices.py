@@ -78,6 +78,7 @@ class Many:
     split: or the columns of every tile are, by so many blocks of a cluster, if all tiles can be worked on at once.
     apart: the sums of a group are kept apart; else a level times its scale is rounded, to 16 bits, with E4M3 tokens to
     E4M3.
+    warpwise: warps multiply for themselves, not in fours: a little more to do, and nothing to wait for.
     """
 
     wg: int = 2
@@ -87,6 +88,7 @@ class Many:
     share: int = 2
     apart: bool = False
     split: int = 1
+    warpwise: bool = False
 
     name = "many"
 
@@ -144,7 +146,7 @@ class Many:
         return {
             "WG": self.wg, "NT": self.nt, "STAGES": self.stages, "RT": 1, "REGISTERS": self.registers,
             "RESIDENT": self.per_sm, "SHARE": self.share, "LEAST_UNITS": _LEAST_UNITS, "APART": int(self.apart),
-            "SPLIT": self.split,
+            "SPLIT": self.split, "WARPWISE": int(self.warpwise),
         }  # fmt: skip
 
 
@@ -168,7 +170,9 @@ def fits(config: Config, layout: Layout, n: int, k: int, m: int, sms: int, limit
     if config.split > layout.units(k) or (isinstance(config, Few) and (layout.e4m3 or m > config.tokens)):
         return False
     if isinstance(config, Many):
-        if config.apart and not layout.e4m3 and (not layout.group or layout.group % 64):
+        if config.warpwise and layout.e4m3:
+            return False
+        if config.apart and not layout.e4m3 and (not layout.group or layout.group % (16 if config.warpwise else 64)):
             return False
         blocks = config.grid(layout, n, k, m, sms)
         if config.split > 1 and blocks > config.per_sm * sms:

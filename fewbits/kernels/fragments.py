@@ -96,46 +96,44 @@ class Packed:
         return _Weight(words, scale, zero, self.words.shape[1], self.words.shape[0])
 
 
-def _e4m3_arguments(x: Rounded, weight: Packed, layout: Layout, config: Many) -> tuple[nvrtc.Argument, ...]:
-    """What `many` takes besides with E4M3 tokens: their sums or (not `apart`) zero points, a block's words of 128
-    columns and its scales of a unit, each at once, and the tokens' scales."""
+def _maps(x: Tensor | Rounded, weight: Packed, layout: Layout, config: Many) -> tuple[nvrtc.Argument, ...]:
+    """What `many` copies at once: of the tokens 128 bytes each; of all tiles of a block the words of 128 columns, the
+    scales of a unit, and its zero points, or with E4M3 tokens whose sums are kept apart the sums of 64 parts."""
     tiles, rows = weight.words.shape[0], config.rows // 16
-    words = weight.words.view(tiles, -1).view(torch.int64)
-    scales = (weight.scale if layout.group else weight.words).view(tiles, -1).view(torch.int32)
-    zeros = (weight.words if weight.zero is None else weight.zero).view(tiles, -1).view(torch.int32)
-    if config.apart:
-        third = nvrtc.tensor_map(x.sums, (config.nt, 64))
-    else:
-        third = nvrtc.tensor_map(zeros, (rows, 4 * max(1, layout.groups)), swizzled=False)
+    tokens = x.levels if isinstance(x, Rounded) else x
+
+    def of_tiles(values: Tensor | None, dtype: torch.dtype, columns: int) -> nvrtc.TensorMap:
+        given = weight.words if values is None or not values.numel() else values  # what is not there is not read
+        return nvrtc.tensor_map(given.view(tiles, -1).view(dtype), (rows, columns), swizzled=False)
+
+    zeros = of_tiles(weight.zero, torch.int32, 4 * max(1, layout.groups))
     return (
-        third,
-        nvrtc.tensor_map(words, (rows, 32 * layout.bits), swizzled=False),
-        nvrtc.tensor_map(scales, (rows, 8 * max(1, layout.groups)), swizzled=False),
-        _pointer(x.scale),
+        nvrtc.tensor_map(tokens, (config.nt, 128 // tokens.element_size())),
+        of_tiles(weight.words, torch.int64, 32 * layout.bits),
+        of_tiles(weight.scale, torch.int32, 8 * max(1, layout.groups)),
+        nvrtc.tensor_map(x.sums, (config.nt, 64)) if isinstance(x, Rounded) and config.apart else zeros,
     )
 
 
 def multiply(x: Tensor | Rounded, weight: Packed, layout: Layout, config: Config) -> Tensor:
     """x [M, k] of the layout's dtype, contiguous, or rounded to E4M3 -> [M, n] of that dtype, by `few` or `many`."""
-    rounded = x if isinstance(x, Rounded) else None
-    if isinstance(x, Rounded):
-        x = x.levels
-    m, n, k = x.shape[0], weight.n, weight.k
-    y = torch.empty(m, n, dtype=torch.float16 if layout.half else torch.bfloat16, device=x.device)
-    run = nvrtc.kernel(source(layout, config), config.name, x.device.index)
+    m, n, k = (x.levels if isinstance(x, Rounded) else x).shape[0], weight.n, weight.k
+    y = torch.empty(m, n, dtype=torch.float16 if layout.half else torch.bfloat16, device=weight.words.device)
+    run = nvrtc.kernel(source(layout, config), config.name, y.device.index)
     sms = run.multiprocessors
     sizes = ctypes.c_int(m), ctypes.c_int(n)
     held = weight.argument(), _pointer(weight.alpha), _pointer(weight.table)
     if isinstance(config, Few):
+        assert isinstance(x, Tensor)
         arguments: tuple[nvrtc.Argument, ...] = (*held, _pointer(x), _pointer(y), *sizes, ctypes.c_int(k))
     else:
         sums = config.workspace(layout, n, k, m, sms)
-        shared = torch.empty(sums, dtype=torch.float32, device=x.device) if sums else None
-        counts = ctypes.c_void_p(nvrtc.counters(x.device.index) if sums else 0)
-        tokens: tuple[nvrtc.Argument, ...] = (nvrtc.tensor_map(x, (config.nt, 128 // x.element_size())),)
-        if rounded is not None:
-            tokens += _e4m3_arguments(rounded, weight, layout, config)
-        arguments = (*held, *tokens, _pointer(y), _pointer(shared), counts, *sizes)
+        shared = torch.empty(sums, dtype=torch.float32, device=y.device) if sums else None
+        counts = ctypes.c_void_p(nvrtc.counters(y.device.index) if sums else 0)
+        maps = _maps(x, weight, layout, config)
+        if isinstance(x, Rounded):
+            maps += (_pointer(x.scale),)
+        arguments = (*held, *maps, _pointer(y), _pointer(shared), counts, *sizes)
     run.launch((config.grid(layout, n, k, m, sms), 1), config.threads, config.shared(layout, n, k, m, sms), arguments)
     return y
 

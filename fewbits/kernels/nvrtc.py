@@ -26,7 +26,7 @@ from fewbits.core.errors import FewbitsError, Unsupported, first_line
 from fewbits.core.record import atomic_path
 
 COUNTERS = 1024  # that a kernel can have: one a block
-Argument = ctypes.c_void_p | ctypes.c_int | ctypes.c_longlong | ctypes.Structure
+Argument = ctypes.c_void_p | ctypes.c_int | ctypes.c_longlong | ctypes.c_float | ctypes.Structure
 
 
 @lru_cache(maxsize=1)

@@ -26,6 +26,7 @@ Progress = Callable[[str], None]
 DENSE_FROM = 256  # tokens
 ROUNDED_FROM = 128  # tokens: below, levels times scales are not rounded to E4M3, which gains nothing
 FINALISTS = 6
+_WAYS = [(0, 1), (1, 1), (2, 1), (0, 2), (0, 4)]  # `share` and `split` of `many`
 
 
 def candidates(m: int, e4m3: bool = False) -> list[Config]:
@@ -71,24 +72,29 @@ def candidates(m: int, e4m3: bool = False) -> list[Config]:
             for (nt, wg, stages, per_sm, apart), share, split in ways
             if m / 8 <= nt < max(2 * m, 32) or (m > 2048 and nt >= 128)
         ]  # fmt: skip
+    if 8 < m <= 16:
+        found += [
+            Many(nt=16, wg=wg, stages=stages, per_sm=per_sm, apart=apart, share=share, split=split, warpwise=True)
+            for wg, stages, per_sm in ((1, 8, 2), (2, 8, 1), (2, 5, 2), (4, 5, 1)) for apart in (True, False)
+            for share, split in _WAYS
+        ]  # fmt: skip
     return found
 
 
 def _e4m3_candidates(m: int) -> list[Config]:
     wide = [
-        (16, 1, 8, 2), (16, 2, 8, 1), (16, 3, 8, 1), (16, 4, 6, 1), (32, 1, 8, 2), (32, 2, 8, 1), (32, 3, 8, 1),
-        (64, 1, 8, 2), (64, 2, 8, 1), (64, 2, 5, 1), (64, 3, 8, 1), (96, 2, 8, 1), (128, 1, 5, 2), (128, 1, 8, 1),
-        (128, 2, 8, 1), (128, 2, 5, 1), (160, 2, 6, 1),
+        (16, 1, 8, 2), (16, 2, 8, 1), (16, 3, 8, 1), (16, 4, 8, 1), (32, 1, 8, 2), (32, 2, 8, 1), (32, 3, 8, 1),
+        (32, 4, 6, 1), (64, 1, 8, 2), (64, 2, 8, 1), (64, 2, 5, 1), (64, 3, 8, 1), (64, 4, 6, 1), (96, 2, 8, 1),
+        (128, 1, 5, 2), (128, 1, 8, 1), (128, 2, 8, 1), (128, 2, 5, 1), (160, 2, 6, 1),
     ]  # fmt: skip
     rounded = [
         (64, 2, 8, 1), (64, 4, 6, 1), (128, 1, 8, 1), (128, 2, 7, 1), (128, 3, 6, 1), (192, 2, 6, 1), (256, 1, 5, 1),
         (256, 2, 5, 1), (256, 2, 4, 1),
     ]  # fmt: skip
-    ways = [(share, 1) for share in (0, 1, 2)] + [(0, 2), (0, 4)]
     return [
         Many(nt=nt, wg=wg, stages=stages, per_sm=per_sm, share=share, split=split, apart=apart)
         for some, apart in ((wide, True), (rounded if m >= ROUNDED_FROM else [], False))
-        for nt, wg, stages, per_sm in some for share, split in ways
+        for nt, wg, stages, per_sm in some for share, split in _WAYS
         if m / 8 <= nt < max(2 * m, 32) or (m > 768 and nt >= 128)
     ]  # fmt: skip
 

@@ -34,12 +34,13 @@ def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def accuracy_table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Decibels of the product against float32: with the weights it decodes, and with the original ones."""
-    keys = ("kernel_sqnr_few", "kernel_sqnr_many", "sqnr_few", "sqnr_many")
+    kinds = ("few", "many", "prompt")
+    keys = [f"{what}_{kind}" for what in ("kernel_sqnr", "sqnr") for kind in kinds]
     rows = [
         [name, *(f"{found[key]:.1f}" if key in found else "-" for key in keys)]
         for name, found in record["accuracy"].items()
     ]
-    return ["", "kernel, 8 tokens", "kernel, 64", "with rounding of weights, 8 tokens", "64"], rows
+    return ["", "kernel, 8 tokens", "kernel, 64", "256", "with rounding of weights, 8 tokens", "64", "256"], rows
 
 
 def draw(record: dict[str, Any], to: Path) -> None:

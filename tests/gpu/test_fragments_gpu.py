@@ -58,7 +58,8 @@ def test_every_kind_of_choice(bits: int) -> None:
         Many(nt=96, wg=1, share=0), Many(nt=64, wg=2, per_sm=2, stages=2), Few(ring=5, resident=2, staged=True),
         Few(rt=2, warps=8, mt=2, ring=3, split=2, staged=True),
         Many(nt=64, wg=1, split=2), Many(nt=16, wg=3, split=4, apart=True), Many(nt=128, wg=2, split=3, stages=2),
-        Many(nt=48, wg=2, split=2, per_sm=2, stages=2),
+        Many(nt=48, wg=2, split=2, per_sm=2, stages=2), Many(nt=16, wg=1, stages=3, per_sm=2, warpwise=True),
+        Many(nt=32, wg=3, stages=3, apart=True, warpwise=True), Many(nt=16, wg=2, split=2, apart=True, warpwise=True),
     ]  # fmt: skip
     random.seed(bits)
     tried = 0

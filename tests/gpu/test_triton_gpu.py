@@ -29,6 +29,8 @@ def operators() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("k", [16, 100, 576, 4096, 14336])
 def test_tokens_are_rounded_as_the_format_says(k: int, dtype: torch.dtype) -> None:
+    from fewbits.kernels import triton_quantize
+
     x = torch.randn(37, k, device="cuda").to(dtype)
     x[0], x[1], x[2, 3] = 0, x[1] * 300, 1000
     for name, args in (("int8-token", INT8), ("fp8_e4m3-token", FP8)):
@@ -36,22 +38,36 @@ def test_tokens_are_rounded_as_the_format_says(k: int, dtype: torch.dtype) -> No
         scale, _ = format.params(x.float())
         levels = format.grid.value(format.encode(x.float(), scale, None))
         for rows in (x, torch.cat((x, x), 1)[:, :k]):  # rows apart in memory, too
-            q, found, _ = torch.ops.fewbits.quantize_tokens(rows, *args)
-            assert torch.equal(found, scale[:, 0])
-            assert torch.equal(q[:, :k].float(), levels) and not q[:, k:].float().any()
+            for quantize in (torch.ops.fewbits.quantize_tokens, triton_quantize.launch):
+                q, found, _ = quantize(rows, *args)
+                assert torch.equal(found, scale[:, 0])
+                assert torch.equal(q[:, :k].float(), levels) and not q[:, k:].float().any()
 
 
-def test_norm_and_silu_before_the_rounding() -> None:
-    x, weight = torch.randn(9, 4096, device="cuda").bfloat16(), torch.rand(4096, device="cuda").bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [100, 4096, 14336])
+def test_norm_and_silu_before_the_rounding(k: int, dtype: torch.dtype) -> None:
+    from fewbits.kernels import triton_quantize
+
+    x, weight = torch.randn(9, k, device="cuda").to(dtype), torch.rand(k, device="cuda").to(dtype)
     spread = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)
     normed = weight * (x.float() * spread).to(x.dtype)
-    gated = torch.nn.functional.silu(x[:, :2048]) * x[:, 2048:]
+    gated = torch.nn.functional.silu(x[:, : k // 2]) * x[:, k // 2 :]
     for before, v in (("rms_norm", normed), ("silu", gated)):
-        q, scale, _ = torch.ops.fewbits.quantize_tokens(x, *INT8, before, weight, 1e-5)
         expected, scales, _ = torch.ops.fewbits.quantize_tokens(v, *INT8)
-        torch.testing.assert_close(scale, scales, rtol=0.01, atol=0)
-        assert (q != expected).double().mean() < 0.01  # where bfloat16 came out one step apart
-        assert (q.int() - expected.int()).abs().max() <= 1
+        for quantize in (torch.ops.fewbits.quantize_tokens, triton_quantize.launch):
+            q, scale, _ = quantize(x, *INT8, before, weight, 1e-5)
+            torch.testing.assert_close(scale, scales, rtol=0.01, atol=0)
+            assert (q != expected).double().mean() < 0.01  # where 16 bits came out one step apart
+            assert (q.int() - expected.int()).abs().max() <= 1
+
+
+def test_no_tokens_and_nan() -> None:
+    x = torch.randn(3, 256, device="cuda").bfloat16()
+    x[1, 7] = torch.nan
+    q, _, _ = torch.ops.fewbits.quantize_tokens(x, *FP8)
+    assert torch.isnan(q.float()[1, 7]) and not q.float()[[0, 2]].isnan().any()
+    assert torch.ops.fewbits.quantize_tokens(x[:0], *FP8)[0].shape == (0, 256)
 
 
 @pytest.mark.parametrize("inputs", ["int8-token", "int8-tensor", "int8-tensor-static"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewbits.kernels import cuda_attention, e4m3_tokens, fragments, nvrtc
+from fewbits.kernels import cuda_attention, cuda_tokens, e4m3_tokens, fragments, nvrtc
 from fewbits.kernels.fragment_choices import Few, Many
 from fewbits.kernels.fragment_layout import Layout
 
@@ -34,6 +34,7 @@ def test_kernels_compile(name: str, architecture: str) -> None:
         many = [Many(nt=16, wg=1, per_sm=2), Many(nt=64, wg=4, share=1), Many(nt=256, stages=3, share=0), Many(split=2)]
         if layout.group and layout.group % 64 == 0:
             many.append(Many(nt=32, apart=True))
+        many.append(Many(nt=32, warpwise=True, apart=layout.group > 0))
         choices += [Few(split=4), *many]
     for config in choices:
         source = fragments.source(layout, config)
@@ -58,9 +59,24 @@ def test_attention_compiles(bits: int, width: int, groups: int, ratio: int, dtyp
 def test_kernels_with_e4m3_tokens_compile(group: int, zero: bool) -> None:
     layout = Layout(bits=4, table=False, group=group, zero=zero, offset=0 if zero else 8, half=zero, e4m3=True)
     options = "--gpu-architecture=sm_90a", "--std=c++17"
-    for config in (Many(nt=16, wg=1, apart=True), Many(nt=128, apart=True), Many(nt=64, wg=3, split=4, apart=True)):
+    choices = (
+        None, Many(nt=16, wg=1, apart=True), Many(nt=128, apart=True), Many(nt=64, wg=3, split=4, apart=True),
+        Many(nt=256, stages=3), Many(nt=64, wg=4, stages=3, split=2),
+    )  # fmt: skip
+    for config in choices:
         source = fragments.source(layout, config)
         assert nvrtc.compiled(source, options).startswith(b"\x7fELF")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for columns in (100, 14336):
             assert nvrtc.compiled(e4m3_tokens.source(dtype, columns, layout.part), options).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("before", ["none", "rms_norm", "silu"])
+@pytest.mark.parametrize("output", [torch.int8, torch.float8_e4m3fn])
+def test_rounding_of_tokens_compiles(output: torch.dtype, before: str) -> None:
+    for architecture in ("sm_80", "sm_90a", "sm_120a") if output == torch.int8 else ("sm_89", "sm_90a", "sm_120a"):
+        options = f"--gpu-architecture={architecture}", "--std=c++17"
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for columns in (100, 14336):
+                source = cuda_tokens.source(dtype, columns, output, before)
+                assert nvrtc.compiled(source, options).startswith(b"\x7fELF")

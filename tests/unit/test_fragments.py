@@ -139,7 +139,7 @@ def test_every_choice_says_all_macros() -> None:
     of_all = ["BITS", "TABLE", "GROUP", "UNIT", "ZERO", "OFFSET", "HALF", "E4M3", "RT"]
     own = {
         Few(): ["WARPS", "MT", "SPLIT", "RING", "RESIDENT", "STAGED"],
-        Many(): ["WG", "NT", "STAGES", "SHARE", "LEAST_UNITS", "SPLIT", "APART", "RESIDENT", "REGISTERS"],
+        Many(): ["WG", "NT", "STAGES", "SHARE", "LEAST_UNITS", "SPLIT", "APART", "RESIDENT", "REGISTERS", "WARPWISE"],
         None: [],
     }
     for config, names in own.items():

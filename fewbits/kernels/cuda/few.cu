@@ -104,7 +104,7 @@ DEVICE void few_unit(const Unit& unit, u32 tokens, u32 token_stride, const float
       u32 x[MT][4];
 #pragma unroll
       for (int mt = 0; mt < MT; mt++)
-        tokens_of_two_steps(tokens + mt * token_stride + 2 * (b * COLUMNS + 16 * step), x[mt]);
+        read_matrices(tokens + mt * token_stride + 2 * (b * COLUMNS + 16 * step), x[mt]);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         [[maybe_unused]] const int column = b * COLUMNS + 16 * (step + half);

@@ -135,7 +135,7 @@ DEVICE void write_tokens(u32 to, const uint4& from) {
   asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(from.x), "r"(from.y), "r"(from.z), "r"(from.w)
                : "memory");
 }
-DEVICE void tokens_of_two_steps(u32 address, u32* b) {
+DEVICE void read_matrices(u32 address, u32* b) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(address));
 }

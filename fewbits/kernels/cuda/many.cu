@@ -1,7 +1,10 @@
-// Many tokens, on sm_90a (after fragments.cu). A warpgroup multiplies 64 rows by NT tokens. Four more warps bring
-// everything through shared memory, by the bulk copy engine: STAGES times a unit of the block's weights as they lie in
+// Many tokens, on sm_90a (after fragments.cu). A warpgroup multiplies 64 rows by NT tokens. Two more warps bring
+// everything through shared memory, by the tensor copy engine: STAGES times a unit of the block's weights as they lie in
 // memory, and the same columns of the tokens, 64 at a time in the 128-byte swizzle. Weights of the next 64 columns are
 // decoded, to registers, while the tensor cores work on these.
+//
+// A copy takes a warp some 80 cycles to begin, whatever its size, and more beside warps that keep the arithmetic units
+// busy. So one instruction brings the words of all of the block's tiles for 128 columns, one their scales.
 //
 // There are as many blocks as run at a time. Each takes tiles of MANY_ROWS x NT results, one after another, and what the
 // next needs is on its way while the sums of the last are written. The tiles that are left when all blocks have had the
@@ -15,9 +18,13 @@
 // Sums of a group can be kept apart and added to the others times its scale, as in `few`. That takes two sets of sums, and
 // the tensor cores wait at the end of each group; else a weight is multiplied by its scale in 16 bits before the product.
 //
+// Or (WARPWISE, for few tokens) warps multiply their 16 rows for themselves, by mma.sync: as much to decode, tokens by
+// ldmatrix, and no waiting for other warps nor for the tensor cores.
+//
 // Macros. WG warpgroups, NT tokens, STAGES, SHARE (of tiles that are left over: 0 no, 1 an equal number of blocks to each
 // tile, 2 equal runs), the LEAST_UNITS of a run, SPLIT thread blocks of a cluster, APART (sums of a group), RESIDENT blocks to
-// leave registers for, REGISTERS of a thread that multiplies, or 0 to leave them as the compiler has them; PART, see E4M3.
+// leave registers for, REGISTERS of a thread that multiplies, or 0 to leave them as the compiler has them; WARPWISE; PART,
+// see E4M3.
 
 constexpr int MANY_ROWS = 64 * WG, STEPS_OF_64 = 4;
 constexpr int WIDE = E4M3 ? 128 : 64, TURNS = UNIT / WIDE;  // columns of a token in 128 bytes; even with 64
@@ -31,7 +38,7 @@ constexpr int COPIED_BYTES = ZEROS_AT + 4 * WG * ZERO_BYTES, WEIGHTS_BYTES = (CO
 constexpr int PIECES = NT / 16, TURNED = PIECES % 2 ? 1 : 2, TILE_SUMS = MANY_ROWS * NT;  // TURNED: at a time
 constexpr int TOKEN_GROUP = 4;  // blocks of tokens that go through all rows together
 constexpr int MANY_THREADS = 128 * WG + 128;
-constexpr int COPIERS = 3;  // warps that copy weights; one more copies tokens
+constexpr int CHUNKS = UNIT / 128, WIDE_BYTES = 1024 * BITS * WG;  // of a block's words for 128 columns, the tiles' side by side
 
 // E4M3 tokens. The 4 bits of a code with zeros before them are an E4M3 number, code * 2^-9 for all of 0 .. 15 (its subnormals
 // and the first binade beyond): two masks and a shift of a word make half of the left operand of m64nNk32, rows g and g + 8.
@@ -44,11 +51,8 @@ constexpr int COPIERS = 3;  // warps that copy weights; one more copies tokens
 // apart and added in float32. With many tokens that adding takes as long as multiplying. Not APART, a level times its
 // scale is rounded to E4M3, and everything is left to the tensor cores.
 //
-// A unit is copied by one instruction for the words of all tiles and one for their scales (tensor maps of two
-// dimensions): the engine is a tenth slower at as many copies of 1 KB as there are tiles.
 #if E4M3
 constexpr int PARTS = UNIT / PART, PART_STEPS = PART / 32;
-constexpr int WIDE_BYTES = 4096 * WG;  // of a block's words for 128 columns, 1 KB a tile
 constexpr int CODE = APART ? 512 : 1;  // codes count as code * 2^-9
 [[maybe_unused]] constexpr u32 ONE = 0x3c003c00;  // twice, in float16
 constexpr int SUMS_WIDE = 64;  // parts of a token in 128 bytes
@@ -64,9 +68,6 @@ template <int LEFT> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sy
 
 @WGMMA@
 
-DEVICE void barrier_arrive_after_copies(u32 barrier) {  // when this thread's copies of 16 bytes are there
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
-}
 DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 DEVICE void read_tile(u32 to, const TensorMap* map, int column, int token, u32 barrier) {
   asm volatile(
@@ -204,9 +205,10 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
     __cluster_dims__(SPLIT, 1, 1)
 #endif
     many(Weight w, const float* alpha, const u32* pairs, const __grid_constant__ TensorMap map,
+         const __grid_constant__ TensorMap words_map, const __grid_constant__ TensorMap scales_map,
+         const __grid_constant__ TensorMap third_map,  // zero points, or sums of the tokens
 #if E4M3
-         const __grid_constant__ TensorMap third_map, const __grid_constant__ TensorMap words_map,
-         const __grid_constant__ TensorMap scales_map, const float* token_scale,  // third: sums, or zero points
+         const float* token_scale,
 #endif
          u16* y, float* left, u32* counts, int m, int n) {
   __shared__ __align__(8) u64 barriers[2 * STAGES];
@@ -218,8 +220,8 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
-      barrier_init(full + 8 * i, E4M3 ? 2 : COPIERS + 1 + (GROUP ? 32 : 0));  // a warp's copies of 16 bytes arrive lane by lane
-      barrier_init(empty + 8 * i, WG);
+      barrier_init(full + 8 * i, 2);
+      barrier_init(empty + 8 * i, WARPWISE ? 4 * WG : WG);
     }
     asm volatile("fence.proxy.async;" ::: "memory");
   }
@@ -233,20 +235,13 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
 #if REGISTERS
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
 #endif
-    // A copy takes a warp a while to begin, whatever its size: lanes have one each, and warps share them out.
-    const int copier = warp - 4 * WG;
-    if (E4M3 && copier % COPIERS) return;
-    if (copier == COPIERS) {
-      prefetch_map(&map);
-      wait_for_inputs();
-    }
+    const int copier = warp - 4 * WG;  // 0 of weights, 1 of tokens; registers are handed over by four
+    if (copier > 1) return;
+    prefetch_map(copier ? &map : &words_map);
+    if (copier) wait_for_inputs();
     int slot = 0, phase = 1;
     while (work.next()) {
       place(work.tile, m, n, &first_row, &first_token);
-      auto at = [&](int of, int unit) {  // of the block's tiles; rows past the last go nowhere
-        const int tile = first_row / 16 + of;
-        return (u64)(tile < w.tiles ? tile : w.tiles - 1) * w.units + unit;
-      };
 #if E4M3 && APART
       const int sums = work.first * PARTS / SUMS_WIDE * SUMS_WIDE;
       const int more = (work.last * PARTS - sums + SUMS_WIDE - 1) / SUMS_WIDE;  // stages of sums, after those of units
@@ -263,33 +258,13 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
             read_tile(tokens + slot * TOKENS_BYTES, &third_map, sums + (unit - work.last) * SUMS_WIDE, first_token, arrived);
         } else
 #endif
-#if E4M3
         if (copier == 0) {
           if (lane == 0) barrier_expect(arrived, COPIED_BYTES);
           __syncwarp();
-          if (lane < TURNS)  // a map's elements of words are 8 bytes
-            read_tile(to + lane * WIDE_BYTES, &words_map, (unit * TURNS + lane) * 128, first_row / 16, arrived);
+          if (lane < CHUNKS)  // a map's elements of words are 8 bytes
+            read_tile(to + lane * WIDE_BYTES, &words_map, (unit * CHUNKS + lane) * 32 * BITS, first_row / 16, arrived);
           if (GROUP && lane == 31) read_tile(to + SCALES_AT, &scales_map, unit * SCALES * 8, first_row / 16, arrived);
           if (ZERO_BYTES && lane == 30) read_tile(to + ZEROS_AT, &third_map, unit * SCALES * 4, first_row / 16, arrived);
-        } else
-#endif
-        if (copier < COPIERS) {  // words: a tile a lane
-          const int mine = copier + COPIERS * lane;
-          if (lane == 0) barrier_expect(arrived, (4 * WG - copier + COPIERS - 1) / COPIERS * WORD_BYTES);
-          __syncwarp();
-          if (mine < 4 * WG)
-            read_bytes(to + mine * WORD_BYTES, w.words + at(mine, unit) * UNIT_WORDS, WORD_BYTES, arrived);
-#if GROUP
-          if (copier == 0) {  // what is too small for that engine, 16 bytes a lane
-            for (int i = lane; i < 4 * WG * 2 * SCALES; i += 32)
-              copy16(to + SCALES_AT + 16 * i, w.scale + at(i / (2 * SCALES), unit) * (8 * SCALES) + i % (2 * SCALES) * 4);
-#if ZERO
-            for (int i = lane; i < 4 * WG * SCALES; i += 32)
-              copy16(to + ZEROS_AT + 16 * i, w.zero + at(i / SCALES, unit) * (8 * SCALES) + i % SCALES * 8);
-#endif
-            barrier_arrive_after_copies(arrived);
-          }
-#endif
         } else {
           if (lane == 0) barrier_expect(arrived, TOKENS_BYTES);
           __syncwarp();
@@ -310,9 +285,22 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
   // Of the descriptor of tokens (PTX ISA, "Matrix descriptor") the half that changes: their address in units of 16 bytes.
   // The other half is always 1024 bytes from 8 rows to the next, in the 128-byte swizzle.
   const u32 descriptor = tokens >> 4 | 1 << 16;
-  const u32 words = weights + warp * (E4M3 ? 1024 : WORD_BYTES) + (BITS == 3 ? 4 : 16) * lane;
+  const u32 words = weights + warp * 256 * BITS + (BITS == 3 ? 4 : 16) * lane;
   const u32 scales = weights + SCALES_AT + warp * SCALE_BYTES + 4 * (lane >> 2);
   const u32 zeros = weights + ZEROS_AT + warp * ZERO_BYTES + 2 * (lane >> 2);
+  auto read_block = [&](u32* q, u32 stage, int block) {  // of COLUMNS
+    const u32 from = words + stage + block * COLUMNS / 128 * WIDE_BYTES + block * COLUMNS % 128 * 2 * BITS;
+#if BITS == 3
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) q[i] = read1(from + 128 * i);
+#else
+#pragma unroll
+    for (int i = 0; i < WORDS; i += 4) read4(q + i, from + 128 * i);
+#endif
+  };
+  // Of a lane, for ldmatrix: a row of a matrix, 8 columns of one of 16 tokens, in the 128-byte swizzle.
+  [[maybe_unused]] const u32 mine_of_tokens =
+      tokens + 128 * (lane >> 4 << 3 | lane & 7) + 16 * ((lane >> 3 & 1) ^ lane & 7);
   int slot = 0, phase = 0, before = 0;
   while (work.next()) {
     place(work.tile, m, n, &first_row, &first_token);
@@ -340,7 +328,7 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
 #pragma unroll
         for (int block = first / 64; block < (first + PART + 63) / 64; block++)
           if (first % 64 == 0 || block > first / 64)
-            read4(q[block % 2], words + here + block / 2 * WIDE_BYTES + block % 2 * 512);
+            read_block(q[block % 2], here, block);
         u32 scale = ONE;
         if (GROUP) scale = read1(scales + here + first / (GROUP ? GROUP : UNIT) * 32);
         wgmma_wait<0>();
@@ -411,13 +399,12 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
       barrier_wait(full + 8 * slot, phase);
       const u32 here = slot * WEIGHTS_BYTES;
       const u32 at = __shfl_sync(0xffffffff, descriptor + slot * (TOKENS_BYTES / 16), 0);  // the same in all lanes
-      auto read_words = [&](int turn) { read4(q[turn & 1], words + here + turn / 2 * WIDE_BYTES + turn % 2 * 512); };
-      read_words(0);
+      read_block(q[0], here, 0);
 #pragma unroll
       for (int turn = 0; turn < UNIT / 64; turn++) {
         u32(*now)[4] = a[turn & 1];  // the other may still be read
         const u32* const two = q[turn & 1];
-        if (turn + 1 < UNIT / 64) read_words(turn + 1);
+        if (turn + 1 < UNIT / 64) read_block(q[turn + 1 & 1], here, turn + 1);
 #pragma unroll
         for (int step = 0; step < 2; step++) {
           const int column = turn * 64 + step * 32;
@@ -445,6 +432,47 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
     }
     wgmma_wait<0>();
     if (threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * before);
+#elif WARPWISE
+    u32 q[WORDS], offset[2], low = ONES, high = ONES;
+    offsets(0, offset);
+    float* const sums = APART ? apart : acc;
+#pragma unroll
+    for (int i = 0; i < NT / 2; i++) sums[i] = 0;
+    for (int unit = work.first; unit < work.last; unit++) {
+      barrier_wait(full + 8 * slot, phase);
+      const u32 here = slot * WEIGHTS_BYTES;
+#pragma unroll
+      for (int column = 0; column < UNIT; column += 16) {
+        if (column % COLUMNS == 0) read_block(q, here, column / COLUMNS);
+#if GROUP
+        if (column % GROUP == 0) {
+          const u32 scale = read1(scales + here + column / GROUP * 32);
+          above = low_half(scale), below = high_half(scale);
+          if (!APART) low = pair(above, above), high = pair(below, below);
+#if ZERO
+          offsets(read_half(zeros + here + column / GROUP * 16), offset);
+#endif
+        }
+#endif
+        u32 a[4];
+        levels(q, column % COLUMNS / 16, offset, a);
+        if (GROUP && !APART) scaled(a, low, high);
+#pragma unroll
+        for (int piece = 0; piece < PIECES; piece++) {
+          u32 b[4];
+          read_matrices((mine_of_tokens ^ column % 64 * 2) + slot * TOKENS_BYTES + column / 64 * TOKENS_OF_64 + 2048 * piece, b);
+          mma(sums + 8 * piece, a, b[0], b[1]), mma(sums + 8 * piece + 4, a, b[2], b[3]);
+        }
+        if (APART && (column + 16) % (GROUP ? GROUP : 16) == 0) {
+          add_group();
+#pragma unroll
+          for (int i = 0; i < NT / 2; i++) sums[i] = 0;
+        }
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(empty + 8 * slot);
+      if (++slot == STAGES) slot = 0, phase ^= 1;
+    }
 #else
     u32 a[2][STEPS_OF_64][4], q[WORDS], offset[2], low = ONES, high = ONES;
     offsets(0, offset);
@@ -452,16 +480,7 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
       barrier_wait(full + 8 * slot, phase);
       const u32 here = slot * WEIGHTS_BYTES;
       const u32 at = __shfl_sync(0xffffffff, descriptor + slot * (TOKENS_BYTES / 16), 0);  // the same in all lanes
-      auto read_words = [&](int block) {
-#if BITS == 3
-#pragma unroll
-        for (int i = 0; i < WORDS; i++) q[i] = read1(words + here + 128 * (block * WORDS + i));
-#else
-#pragma unroll
-        for (int i = 0; i < WORDS; i += 4) read4(q + i, words + here + 128 * (block * WORDS + i));
-#endif
-      };
-      read_words(0);
+      read_block(q, here, 0);
 #pragma unroll
       for (int turn = 0; turn < TURNS; turn++) {
         u32(*now)[4] = a[turn & 1];  // the other may still be read
@@ -481,7 +500,7 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
           levels(q, column % COLUMNS / 16, offset, now[step]);
           if (GROUP && !APART) scaled(now[step], low, high);
         }
-        if ((turn + 1) * 64 % COLUMNS == 0 && turn + 1 < TURNS) read_words((turn + 1) * 64 / COLUMNS);
+        if ((turn + 1) * 64 % COLUMNS == 0 && turn + 1 < TURNS) read_block(q, here, (turn + 1) * 64 / COLUMNS);
         const bool begins = (turn * 64) % (GROUP ? GROUP : 64) == 0;
         if (APART && begins) {
           wgmma_wait<0>();
