@@ -32,6 +32,23 @@ def add(name: str, file: Path, measured: str) -> None:
     save(name, record, measured)
 
 
+def with_earlier(name: str, record: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """`record` with the contestants that failed in it as an earlier one of the device has them; and which those are."""
+    said = ""
+    for who in record["absent"]:
+        for path, other in every(name):
+            if other["device"] != record["device"] or who not in other["accuracy"]:
+                continue
+            named = f"{who} (earlier)"
+            rows = [row | {"who": named} for row in other["rows"] if row["who"] == who]
+            record = record | {
+                "rows": [*record["rows"], *rows], "accuracy": record["accuracy"] | {named: other["accuracy"][who]},
+            }  # fmt: skip
+            said += f" {who} failed in that run; its figures are from {source_line(path)[5:-1]}."
+            break
+    return record, said
+
+
 def newest_attention() -> tuple[Path, dict[str, Any]] | None:
     return next((found for found in every("gpu_w8a8_kv") if "kv" in found[1]), None)
 
@@ -62,6 +79,34 @@ def attention(path: Path, record: dict[str, Any]) -> str:
     return f"{shape}. {source_line(path)[:-1]}, by `{record['environment']['command']}`.\n\n{markdown(columns, rows)}"
 
 
+def chains(path: Path, record: dict[str, Any]) -> str:
+    """The table of 4096 tokens in E4M3 and in bfloat16, alone and with the operation before."""
+    columns = [
+        "layer",
+        "bf16",
+        "FP8",
+        "rounding",
+        "times as fast, rounding too",
+        "before it",
+        "bf16",
+        "FP8",
+        "times as fast",
+    ]
+    rows = []
+    for name, chain in record["chains"].items():
+        alone, taken = record["shapes"][name], chain["before_alone_us"]
+        times = alone["bf16_us"], alone["us"]["fp8 _scaled_mm"], alone["rounding_us"]
+        with_before = chain["bf16_us"] - taken, chain["fp8_us"] - taken
+        rows.append(
+            [
+                name, *(f"{us:.1f}" for us in times), f"{alone['fp8_over_bf16_with_rounding']:.2f}", chain["before"],
+                *(f"{us:.1f}" for us in with_before), f"{chain['fp8_over_bf16']:.2f}",
+            ]
+        )  # fmt: skip
+    command = record["environment"]["command"]
+    return f"4096 tokens, microseconds. {source_line(path)[:-1]}, by `{command}`.\n\n{markdown(columns, rows)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--add", nargs=2, metavar=("NAME", "FILE"))
@@ -75,9 +120,10 @@ def main() -> None:
         if found is None:
             continue
         path, record = found
+        record, earlier = with_earlier(name, record)
         device = f"{record['device']}, read bandwidth {record['bandwidth'] / 1e12:.2f} TB/s, microseconds."
         command = record["environment"]["command"]
-        text = f"{device} {source_line(path)[:-1]}, by `{command}`.\n\n{markdown(*table(record))}"
+        text = f"{device} {source_line(path)[:-1]}, by `{command}`.{earlier}\n\n{markdown(*table(record))}"
         key = name.replace(" ", "-")
         contents[key] = text
         contents[f"{key}-accuracy"] = markdown(*accuracy_table(record))
@@ -87,6 +133,8 @@ def main() -> None:
                 FIGURE.with_suffix(".png").unlink()
     if (found := newest_attention()) is not None:
         contents["attention"] = attention(*found)
+    if (measured := next((found for found in every("gpu_w8a8_kv") if "chains" in found[1]), None)) is not None:
+        contents["chains"] = chains(*measured)
     if contents:
         write_between(PAGE, **contents)
 

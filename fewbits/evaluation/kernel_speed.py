@@ -82,14 +82,29 @@ def _cublas(w: Tensor) -> Held:
 def _fp8(w: Tensor) -> Held:
     scale = w.float().abs().amax(1, keepdim=True) / 448
     codes = (w.float() / scale).to(torch.float8_e4m3fn)
-    inputs: dict[int, tuple[Tensor, Tensor]] = {}
+    inputs: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # x too, whose id another tensor would have after it
 
     def product(x: Tensor) -> Tensor:
         if id(x) not in inputs:
             token = x.float().abs().amax(1, keepdim=True) / 448
-            inputs[id(x)] = (x.float() / token).to(torch.float8_e4m3fn), token
-        rows, token = inputs[id(x)]
+            inputs[id(x)] = x, (x.float() / token).to(torch.float8_e4m3fn), token
+        _, rows, token = inputs[id(x)]
         return torch._scaled_mm(rows, codes.t(), token, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    return Held(bytes=w.numel(), product=product, stands_for=codes.float() * scale)
+
+
+def _fp8_with_rounding(w: Tensor) -> Held:
+    from fewbits.kernels.triton_quantize import quantize_tokens
+
+    scale = w.float().abs().amax(1, keepdim=True) / 448
+    codes = (w.float() / scale).to(torch.float8_e4m3fn)
+
+    def product(x: Tensor) -> Tensor:
+        rows, token, _ = quantize_tokens(x, torch.float8_e4m3fn, 448.0, -448.0, 448.0)
+        return torch._scaled_mm(
+            rows, codes.t(), token[:, None], scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
+        )  # fmt: skip
 
     return Held(bytes=w.numel(), product=product, stands_for=codes.float() * scale)
 
@@ -133,6 +148,7 @@ def _bitsandbytes(w: Tensor) -> Held:
 OTHERS = (
     Contestant(name="cuBLAS bf16", hold=_cublas),
     Contestant(name="FP8 _scaled_mm", hold=_fp8),
+    Contestant(name="FP8, rounding too", hold=_fp8_with_rounding),
     Contestant(name="tinygemm", hold=_tinygemm, most=64),
     Contestant(name="Humming W4", hold=_humming),
     Contestant(name="bitsandbytes NF4", hold=_bitsandbytes),

@@ -18,7 +18,9 @@ weight by its scale in 16 bits beforehand. Levels of tables are rounded to 16 bi
 Tokens that are rounded to E4M3 meet 4-bit integers in the FP8 tensor cores, which are twice as fast: 0000xxxx is the
 E4M3 number x * 2**-9, for all x, so the same words take three instructions for eight weights. Sums of at most 128
 columns are float32 from there on, for those tensor cores add with some 14 bits. Zero points are taken off at the end,
-by a product of 16 bits with the sums of the tokens (e4m3_tokens.py).
+by a product of 16 bits with the sums of the tokens (e4m3_tokens.py). With many tokens the adding takes as long as the
+multiplying; not `apart`, a level times its scale is rounded to E4M3, in `many` or once for `_scaled_mm`, and everything
+is left to the tensor cores.
 """
 
 from __future__ import annotations

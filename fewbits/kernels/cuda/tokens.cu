@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
   for (int i = 0; i < CHUNKS; i++) read(row, WIDTH * (i * THREADS + threadIdx.x), k, aligned, held[i]);
 #if BEFORE == 1
-  __shared__ float squares[THREADS / 32];
+  __shared__ __align__(16) float squares[THREADS / 32];  // or its loads would take some of `largest` along
   float square = 0;
 #pragma unroll
   for (int i = 0; i < CHUNKS; i++)
