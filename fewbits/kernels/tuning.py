@@ -26,6 +26,7 @@ Progress = Callable[[str], None]
 DENSE_FROM = 256  # tokens
 ROUNDED_FROM = 128  # tokens: below, levels times scales are not rounded to E4M3, which gains nothing
 FINALISTS = 6
+COARSE_GAIN = 1.03  # times as fast
 _WAYS = [(0, 1), (1, 1), (2, 1), (0, 2), (0, 4)]  # `share` and `split` of `many`
 
 
@@ -126,10 +127,11 @@ def compile_all(layout: Layout, configs: Sequence[Config], device: int) -> None:
         list(pool.map(lambda text: nvrtc.compiled(text, nvrtc.options(device)), sources))
 
 
-def _fastest(calls: Sequence[Sequence[Call]]) -> tuple[int, float]:
+def _fastest(calls: Sequence[Sequence[Call]], coarse: Sequence[int] = ()) -> tuple[int, float]:
     """Which of `calls` take the least, and how long: the fastest few are timed three times more, in both orders.
 
-    Many products heat the GPU, which then slows down: who comes first must not win by that.
+    Many products heat the GPU, which then slows down: who comes first must not win by that. Those that round more,
+    `coarse`, win by COARSE_GAIN or not at all.
     """
     times = [microseconds(some) for some in calls]
     last = sorted(range(len(calls)), key=times.__getitem__)[:FINALISTS]
@@ -138,7 +140,7 @@ def _fastest(calls: Sequence[Sequence[Call]]) -> tuple[int, float]:
         for i in order:
             again[i].append(microseconds(calls[i]))
     medians = {i: statistics.median(found) for i, found in again.items()}
-    best = min(medians, key=medians.__getitem__)
+    best = min(medians, key=lambda i: medians[i] * (COARSE_GAIN if i in coarse else 1))
     return best, medians[best]
 
 
@@ -172,7 +174,8 @@ def tune(
                 continue
             some = weights if m <= DENSE_FROM else weights[:4]
             calls = [[partial(fragments.product, x, weight, layout, config) for weight in some] for config in configs]
-            best, taken = _fastest(calls)
+            coarse = [i for i, config in enumerate(configs) if layout.e4m3 and not getattr(config, "apart", False)]
+            best, taken = _fastest(calls, coarse)
             chosen = configs[best]
             say(f"{n} x {k}, {m} tokens: {taken:.1f} us, {'dense' if chosen is None else chosen}")
             cases.append(

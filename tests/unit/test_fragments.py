@@ -10,7 +10,7 @@ import torch
 
 from fewbits.core.errors import BadInput
 from fewbits.formats import parse_format
-from fewbits.kernels import fragment_layout, fragments, nvrtc, tuned, tuning
+from fewbits.kernels import cuda_tokens, fragment_layout, fragments, nvrtc, tuned, tuning
 from fewbits.kernels.base import No
 from fewbits.kernels.cuda_fragments import layout_of
 from fewbits.kernels.fragment_choices import Few, Many, fits, runs_on
@@ -135,6 +135,30 @@ def test_rules_of_thumb_for_e4m3_tokens_fit(group: int) -> None:
             assert isinstance(found, Many) and fits(found, rounded, n, k, m, 108)
 
 
+def test_many_e4m3_tokens_take_a_dense_product_of_whole_blocks_of_rows() -> None:
+    rounded = dataclasses.replace(layout(4), group=128, e4m3=True)
+    assert tuned.rule(9, rounded, 4096, 4096, 4096, 132) is None
+    assert isinstance(tuned.rule(9, rounded, 4104, 4096, 4096, 132), Many)  # cuBLASLt wants 16 rows
+    for n, taken in ((4096, type(None)), (4104, Many)):
+        assert isinstance(tuned.choice("NVIDIA H200", 9, rounded, n, 4096, 4096, 132), taken)
+
+
+def test_levels_times_scales_are_rounded_for_many_tokens_only() -> None:
+    for m in (1, 16, 64):
+        assert all(isinstance(config, Many) and config.apart for config in tuning.candidates(m, e4m3=True))
+    some = tuning.candidates(256, e4m3=True)
+    assert {config.apart for config in some if isinstance(config, Many)} == {True, False}
+
+
+@pytest.mark.parametrize("part", [0, 32, 128])
+@pytest.mark.parametrize("columns", [8, 100, 4096, 14336, 28672])
+def test_threads_take_all_columns_of_a_token(columns: int, part: int) -> None:
+    threads, chunks = cuda_tokens.shape(columns, part)
+    assert threads % 32 == 0 and threads <= 512
+    assert columns <= threads * chunks * (16 if part else 8) < columns + 32 * chunks * (16 if part else 8)
+    assert not cuda_tokens.takes(torch.ones(2, columns), torch.int8, "none", None)
+
+
 def test_every_choice_says_all_macros() -> None:
     of_all = ["BITS", "TABLE", "GROUP", "UNIT", "ZERO", "OFFSET", "HALF", "E4M3", "RT"]
     own = {
@@ -221,6 +245,9 @@ def test_the_fastest_of_several_measurements_wins(monkeypatch) -> None:
     monkeypatch.setattr(tuning, "microseconds", microseconds)
     assert tuning._fastest([[i] for i in range(12)]) == (0, 2.0)
     assert seen.count(11) == 1 and seen.count(3) == 4
+    lucky = iter([9.0] * 4)
+    assert tuning._fastest([[i / 50] for i in range(12)], [0]) == (1, 2.02), "who rounds more, for a hundredth"
+    assert tuning._fastest([[i] for i in range(2)], [0]) == (0, 2.0)
 
 
 def test_a_cluster_has_a_tile_of_its_own_at_once() -> None:
