@@ -6,7 +6,7 @@
 //
 //   few.cu    up to some 16 tokens: mma.sync, columns split over warps and a cluster
 //   many.cu   more: wgmma with the weights as register operand, tokens through shared memory
-//   dense.cu  the weight in 16 bits, for a dense product
+//   dense.cu  the weight in 16 bits or in E4M3, for a dense product
 //
 // Weights are the *left* operand, tokens the columns on the right: 16 rows of the weight fill a tile whatever the number
 // of tokens. A thread of a warp (g = lane / 4, c = lane % 4) holds of a tile of 16 x 16 the registers

@@ -50,7 +50,6 @@ constexpr int CHUNKS = UNIT / 128, WIDE_BYTES = 1024 * BITS * WG;  // of a block
 // The tensor cores add E4M3 products with some 14 bits. Sums of a part, PART columns of a group (at most 128), are kept
 // apart and added in float32. With many tokens that adding takes as long as multiplying. Not APART, a level times its
 // scale is rounded to E4M3, and everything is left to the tensor cores.
-//
 #if E4M3
 constexpr int PARTS = UNIT / PART, PART_STEPS = PART / 32;
 constexpr int CODE = APART ? 512 : 1;  // codes count as code * 2^-9
