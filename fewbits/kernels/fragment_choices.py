@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from fewbits.kernels import nvrtc
 from fewbits.kernels.fragment_layout import Layout
@@ -151,6 +152,14 @@ class Many:
 
 
 Config = Few | Many
+
+
+@lru_cache(maxsize=4096)  # asked at every product
+def sizes(config: Config, layout: Layout, n: int, k: int, m: int, sms: int) -> tuple[int, int, int]:
+    """Of a launch: blocks, bytes of shared memory, and float32 numbers that blocks leave for one another."""
+    given = layout, n, k, m, sms
+    left = config.workspace(*given) if isinstance(config, Many) else 0
+    return config.grid(*given), config.shared(*given), left
 
 
 def runs_on(config: Config, capability: int) -> bool:

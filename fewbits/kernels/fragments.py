@@ -35,7 +35,7 @@ from torch.nn import functional
 
 from fewbits.kernels import nvrtc
 from fewbits.kernels.e4m3_tokens import Rounded
-from fewbits.kernels.fragment_choices import Config, Few, Many
+from fewbits.kernels.fragment_choices import Config, Few, Many, sizes
 from fewbits.kernels.fragment_layout import Layout
 
 
@@ -106,7 +106,8 @@ def _maps(x: Tensor | Rounded, weight: Packed, layout: Layout, config: Many) -> 
 
     def of_tiles(values: Tensor | None, dtype: torch.dtype, columns: int) -> nvrtc.TensorMap:
         given = weight.words if values is None or not values.numel() else values  # what is not there is not read
-        return nvrtc.tensor_map(given.view(tiles, -1).view(dtype), (rows, columns), swizzled=False)
+        width = given.numel() * given.element_size() // (tiles * dtype.itemsize)
+        return nvrtc.tensor_map_at(given.data_ptr(), dtype, tiles, width, (rows, columns), False)
 
     zeros = of_tiles(weight.zero, torch.int32, 4 * max(1, layout.groups))
     return (
@@ -122,21 +123,20 @@ def multiply(x: Tensor | Rounded, weight: Packed, layout: Layout, config: Config
     m, n, k = (x.levels if isinstance(x, Rounded) else x).shape[0], weight.n, weight.k
     y = torch.empty(m, n, dtype=torch.float16 if layout.half else torch.bfloat16, device=weight.words.device)
     run = nvrtc.kernel(source(layout, config), config.name, y.device.index)
-    sms = run.multiprocessors
-    sizes = ctypes.c_int(m), ctypes.c_int(n)
+    blocks, memory, sums = sizes(config, layout, n, k, m, run.multiprocessors)
+    counted = ctypes.c_int(m), ctypes.c_int(n)
     held = weight.argument(), _pointer(weight.alpha), _pointer(weight.table)
     if isinstance(config, Few):
         assert isinstance(x, Tensor)
-        arguments: tuple[nvrtc.Argument, ...] = (*held, _pointer(x), _pointer(y), *sizes, ctypes.c_int(k))
+        arguments: tuple[nvrtc.Argument, ...] = (*held, _pointer(x), _pointer(y), *counted, ctypes.c_int(k))
     else:
-        sums = config.workspace(layout, n, k, m, sms)
         shared = torch.empty(sums, dtype=torch.float32, device=y.device) if sums else None
         counts = ctypes.c_void_p(nvrtc.counters(y.device.index) if sums else 0)
         maps = _maps(x, weight, layout, config)
         if isinstance(x, Rounded):
             maps += (_pointer(x.scale),)
-        arguments = (*held, *maps, _pointer(y), _pointer(shared), counts, *sizes)
-    run.launch((config.grid(layout, n, k, m, sms), 1), config.threads, config.shared(layout, n, k, m, sms), arguments)
+        arguments = (*held, *maps, _pointer(y), _pointer(shared), counts, *counted)
+    run.launch((blocks, 1), config.threads, memory, arguments)
     return y
 
 

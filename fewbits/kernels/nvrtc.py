@@ -125,6 +125,11 @@ class CudaKernel:
             self.function = _check(driver.cuModuleGetFunction(module, name.encode()))
         self._shared = 28 << 10  # with what a kernel has beside it, under the 48 KB that need no asking
         self._driver = driver
+        # Told once: to make one takes longer than everything else of a launch.
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        self._attributes = [attribute]
         self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
 
     def launch(self, grid: tuple[int, int], threads: int, shared: int, arguments: Sequence[Argument]) -> None:
@@ -148,10 +153,7 @@ class CudaKernel:
         config.sharedMemBytes = shared
         config.hStream = torch.cuda.current_stream().cuda_stream
         if self.dependent:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs, config.numAttrs = [attribute], 1
+            config.attrs, config.numAttrs = self._attributes, 1
         pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         _check(driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(pointers), 0))
 
@@ -166,13 +168,14 @@ class TensorMap(ctypes.Structure):
 def tensor_map(x: Tensor, box: tuple[int, int], swizzled: bool = True) -> TensorMap:
     """x [rows, columns], contiguous, rows of a multiple of 16 bytes, read in boxes of (rows, columns), with a 128-byte
     swizzle or none; zeros beyond its edges."""
-    return _tensor_map(x.data_ptr(), x.dtype, *x.shape, box, swizzled)
+    return tensor_map_at(x.data_ptr(), x.dtype, *x.shape, box, swizzled)
 
 
-@lru_cache(maxsize=4096)  # those of a model's weights: an address and a shape are all that is in one
-def _tensor_map(
+@lru_cache(maxsize=16384)  # those of a model's weights: an address and a shape are all that is in one
+def tensor_map_at(
     address: int, dtype: torch.dtype, rows: int, columns: int, box: tuple[int, int], swizzled: bool
 ) -> TensorMap:
+    """`tensor_map` of a matrix at this address, which is asked for at every product: a view takes longer to make."""
     from cuda.bindings import driver
 
     kinds = driver.CUtensorMapDataType

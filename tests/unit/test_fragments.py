@@ -143,6 +143,23 @@ def test_many_e4m3_tokens_take_a_dense_product_of_whole_blocks_of_rows() -> None
         assert isinstance(tuned.choice("NVIDIA H200", 9, rounded, n, 4096, 4096, 132), taken)
 
 
+@pytest.mark.parametrize(("bits", "group", "zero"), [(4, 128, False), (3, 64, True), (8, 0, False)])
+def test_tensor_copies_are_told_of_rows_of_tiles(bits: int, group: int, zero: bool, monkeypatch) -> None:
+    of = dataclasses.replace(layout(bits), group=group, zero=zero)
+    weight = tuning.random_weight(of, 200, 500, torch.device("cpu"))
+    told: list[tuple[object, ...]] = []
+    monkeypatch.setattr(nvrtc, "tensor_map_at", lambda *given: told.append(given))
+    x, config = torch.ones(40, 504, dtype=torch.bfloat16), Many(nt=48, wg=2)
+    fragments._maps(x, weight, of, config)
+    zeros, scales = weight.words if weight.zero is None else weight.zero, weight.scale if group else weight.words
+    expected: set[tuple[object, ...]] = {(x.data_ptr(), torch.bfloat16, 40, 504)}
+    for part, dtype in ((weight.words, torch.int64), (scales, torch.int32), (zeros, torch.int32)):
+        rows = part.view(weight.words.shape[0], -1).view(dtype)
+        expected.add((rows.data_ptr(), dtype, *rows.shape))
+    assert {given[:4] for given in told} == expected
+    assert {given[4] for given in told} >= {(48, 64), (8, 32 * bits)}
+
+
 def test_levels_times_scales_are_rounded_for_many_tokens_only() -> None:
     for m in (1, 16, 64):
         assert all(isinstance(config, Many) and config.apart for config in tuning.candidates(m, e4m3=True))
