@@ -41,6 +41,8 @@ def candidates(m: int, e4m3: bool = False) -> list[Config]:
             (2, 16, 2, 1, 1, True), (1, 12, 3, 2, 3, True), (1, 16, 2, 1, 2, False), (1, 16, 3, 1, 1, False),
             (1, 16, 4, 1, 1, False), (2, 16, 2, 1, 1, False), (1, 8, 4, 2, 2, False), (1, 12, 4, 1, 2, False),
             (1, 16, 2, 32, 2, False), (1, 8, 4, 32, 3, False),
+            # units of 2 and 3 bits are small: more of them are as many bytes on their way
+            (1, 16, 6, 1, 1, False), (1, 16, 8, 1, 1, False), (1, 8, 8, 2, 2, False), (1, 16, 8, 1, 1, True),
         ]  # fmt: skip
         found += [
             Few(rt=rt, warps=warps, ring=ring, per_sm=per_sm, resident=resident, staged=staged, split=split)
