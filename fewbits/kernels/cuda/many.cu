@@ -313,6 +313,18 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
 #pragma unroll
       for (int i = 0; i < NT / 2; i++) acc[i] += (i & 2 ? below : above) * apart[APART ? i : 0];
     };
+#if !E4M3
+    u32 offset[2], low = ONES, high = ONES;  // of this group: what is taken off codes, and scales, twice in 16 bits
+    offsets(0, offset);
+    [[maybe_unused]] auto read_group = [&](u32 stage, int group, float& of_top, float& of_bottom) {
+      const u32 scale = read1(scales + stage + group * 32);
+      of_top = low_half(scale), of_bottom = high_half(scale);
+      if (!APART) low = pair(of_top, of_top), high = pair(of_bottom, of_bottom);
+#if ZERO
+      offsets(read_half(zeros + stage + group * 16), offset);
+#endif
+    };
+#endif
 #if E4M3 && APART
     u32 a[PART_STEPS][4], q[2][WORDS];
 #pragma unroll
@@ -432,8 +444,7 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
     wgmma_wait<0>();
     if (threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * before);
 #elif WARPWISE
-    u32 q[WORDS], offset[2], low = ONES, high = ONES;
-    offsets(0, offset);
+    u32 q[WORDS];
     float* const sums = APART ? apart : acc;
 #pragma unroll
     for (int i = 0; i < NT / 2; i++) sums[i] = 0;
@@ -444,14 +455,7 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
       for (int column = 0; column < UNIT; column += 16) {
         if (column % COLUMNS == 0) read_block(q, here, column / COLUMNS);
 #if GROUP
-        if (column % GROUP == 0) {
-          const u32 scale = read1(scales + here + column / GROUP * 32);
-          above = low_half(scale), below = high_half(scale);
-          if (!APART) low = pair(above, above), high = pair(below, below);
-#if ZERO
-          offsets(read_half(zeros + here + column / GROUP * 16), offset);
-#endif
-        }
+        if (column % GROUP == 0) read_group(here, column / GROUP, above, below);
 #endif
         u32 a[4];
         levels(q, column % COLUMNS / 16, offset, a);
@@ -473,8 +477,7 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
       if (++slot == STAGES) slot = 0, phase ^= 1;
     }
 #else
-    u32 a[2][STEPS_OF_64][4], q[WORDS], offset[2], low = ONES, high = ONES;
-    offsets(0, offset);
+    u32 a[2][STEPS_OF_64][4], q[WORDS];
     for (int unit = work.first; unit < work.last; unit++) {
       barrier_wait(full + 8 * slot, phase);
       const u32 here = slot * WEIGHTS_BYTES;
@@ -487,14 +490,7 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
         for (int step = 0; step < STEPS_OF_64; step++) {
           const int column = turn * 64 + step * 16;
 #if GROUP
-          if (column % GROUP == 0) {
-            const u32 scale = read1(scales + here + column / GROUP * 32);
-            next_above = low_half(scale), next_below = high_half(scale);
-            if (!APART) low = pair(next_above, next_above), high = pair(next_below, next_below);
-#if ZERO
-            offsets(read_half(zeros + here + column / GROUP * 16), offset);
-#endif
-          }
+          if (column % GROUP == 0) read_group(here, column / GROUP, next_above, next_below);
 #endif
           levels(q, column % COLUMNS / 16, offset, now[step]);
           if (GROUP && !APART) scaled(now[step], low, high);
