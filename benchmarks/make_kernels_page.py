@@ -49,8 +49,9 @@ def with_earlier(name: str, record: dict[str, Any]) -> tuple[dict[str, Any], str
     return record, said
 
 
-def newest_attention() -> tuple[Path, dict[str, Any]] | None:
-    return next((found for found in every("gpu_w8a8_kv") if "kv" in found[1]), None)
+def newest(part: str) -> tuple[Path, dict[str, Any]] | None:
+    """Of the records of bench_gpu_w8a8_kv.py, the newest with this part."""
+    return next((found for found in every("gpu_w8a8_kv") if part in found[1]), None)
 
 
 def attention(path: Path, record: dict[str, Any]) -> str:
@@ -131,10 +132,10 @@ def main() -> None:
             draw(record, FIGURE)
             if given.add is None:
                 FIGURE.with_suffix(".png").unlink()
-    if (found := newest_attention()) is not None:
+    if (found := newest("kv")) is not None:
         contents["attention"] = attention(*found)
-    if (measured := next((found for found in every("gpu_w8a8_kv") if "chains" in found[1]), None)) is not None:
-        contents["chains"] = chains(*measured)
+    if (found := newest("chains")) is not None:
+        contents["chains"] = chains(*found)
     if contents:
         write_between(PAGE, **contents)
 

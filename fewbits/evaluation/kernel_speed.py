@@ -79,17 +79,25 @@ def _cublas(w: Tensor) -> Held:
     return Held(bytes=2 * w.numel(), product=lambda x: functional.linear(x, w), stands_for=w.float())
 
 
+def _to_e4m3(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, and a scale a row."""
+    scale = rows.float().abs().amax(1, keepdim=True) / 448
+    return (rows.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def _scaled_mm(rows: Tensor, token: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return torch._scaled_mm(rows, codes.t(), token, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
 def _fp8(w: Tensor) -> Held:
-    scale = w.float().abs().amax(1, keepdim=True) / 448
-    codes = (w.float() / scale).to(torch.float8_e4m3fn)
+    codes, scale = _to_e4m3(w)
     inputs: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # x too, whose id another tensor would have after it
 
     def product(x: Tensor) -> Tensor:
         if id(x) not in inputs:
-            token = x.float().abs().amax(1, keepdim=True) / 448
-            inputs[id(x)] = x, (x.float() / token).to(torch.float8_e4m3fn), token
+            inputs[id(x)] = x, *_to_e4m3(x)
         _, rows, token = inputs[id(x)]
-        return torch._scaled_mm(rows, codes.t(), token, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+        return _scaled_mm(rows, token, codes, scale)
 
     return Held(bytes=w.numel(), product=product, stands_for=codes.float() * scale)
 
@@ -97,14 +105,11 @@ def _fp8(w: Tensor) -> Held:
 def _fp8_with_rounding(w: Tensor) -> Held:
     from fewbits.kernels.triton_quantize import quantize_tokens
 
-    scale = w.float().abs().amax(1, keepdim=True) / 448
-    codes = (w.float() / scale).to(torch.float8_e4m3fn)
+    codes, scale = _to_e4m3(w)
 
     def product(x: Tensor) -> Tensor:
         rows, token, _ = quantize_tokens(x, torch.float8_e4m3fn, 448.0, -448.0, 448.0)
-        return torch._scaled_mm(
-            rows, codes.t(), token[:, None], scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
-        )  # fmt: skip
+        return _scaled_mm(rows, token[:, None], codes, scale)
 
     return Held(bytes=w.numel(), product=product, stands_for=codes.float() * scale)
 

@@ -49,42 +49,34 @@ def source(input: torch.dtype, columns: int, output: torch.dtype, before: str = 
 
 
 def takes(x: Tensor, dtype: torch.dtype, before: str, weight: Tensor | None) -> bool:
-    """Whether `quantize` does, and faster: x on an NVIDIA GPU that has what it takes, a row in registers, a weight
+    """Whether `run` does, and faster: x on an NVIDIA GPU that has what it takes, a row in registers, a weight
     like x."""
     if not x.is_cuda or torch.version.hip is not None or x.dtype not in _INPUTS or dtype not in _OUT:
         return False
     if weight is not None and (weight.dtype != x.dtype or not weight.is_contiguous()):
         return False
     k = x.shape[1] // (2 if before == "silu" else 1)
-    if k <= _WIDE and (dtype == torch.int8 or before != "none"):
+    if not k or (k <= _WIDE and (dtype == torch.int8 or before != "none")):
         return False
     held = shape(k)[1] * (8 if x.dtype == torch.float32 else 4)
     capable = torch.cuda.get_device_capability(x.device) >= _OUT[dtype]
     return capable and held <= _MOST_WORDS and nvrtc.available() is None
 
 
-def quantize(
-    x: Tensor, dtype: torch.dtype, top: float, low: float, high: float, before: str, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """x [M, K] (silu: [M, 2 K]), a row contiguous -> (q [M, K to the next 16], scale float32 [M])."""
-    m, k = x.shape[0], x.shape[1] // (2 if before == "silu" else 1)
-    q = x.new_empty(m, -(-k // 16) * 16, dtype=dtype)
-    scale = x.new_empty(m, dtype=torch.float32)
-    if m and k:
-        run(source(x.dtype, k, dtype, before), shape(k)[0], x, k, weight, q, scale, None, eps, (top, low, high))
-    return q, scale
-
-
 def run(
-    source: str, threads: int, x: Tensor, k: int, weight: Tensor | None, q: Tensor, scale: Tensor, sums: Tensor | None,
-    eps: float, limits: tuple[float, float, float],
+    x: Tensor, k: int, output: torch.dtype, q: Tensor, scale: Tensor, limits: tuple[float, float, float],
+    before: str = "none", weight: Tensor | None = None, eps: float = 0.0, sums: Tensor | None = None, part: int = 0,
 ) -> None:  # fmt: skip
-    """Launches `source`, of so many threads a block, a token each."""
+    """x [M, K] (silu: [M, 2 K]), a row contiguous -> q [M, K to the next 16], the bytes of `output`, and scale float32
+    [M]. limits: what the largest magnitude is scaled to, what is clamped to. sums, part: see e4m3_tokens.py."""
+    if not x.shape[0]:
+        return
     pitch = x.stride(0) * x.element_size()
     given = [tensor for tensor in (x, weight) if tensor is not None]
     aligned = k % 8 == 0 and pitch % 16 == 0 and not any(tensor.data_ptr() % 16 for tensor in given)
     pointers = [ctypes.c_void_p(0 if tensor is None else tensor.data_ptr()) for tensor in (x, weight, q, scale, sums)]
     sizes = [ctypes.c_int(size) for size in (k, q.shape[1], 0 if sums is None else sums.shape[1], aligned)]
     numbers = [ctypes.c_float(number) for number in (eps, *limits)]
-    kernel = nvrtc.kernel(source, "round_tokens", x.device.index)
+    kernel = nvrtc.kernel(source(x.dtype, k, output, before, part), "round_tokens", x.device.index)
+    threads, _ = shape(k, part)
     kernel.launch((x.shape[0], 1), threads, 0, (*pointers, ctypes.c_longlong(pitch), *sizes, *numbers))

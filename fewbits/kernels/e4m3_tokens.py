@@ -33,11 +33,6 @@ class Rounded:
     sums: Tensor
 
 
-def source(dtype: torch.dtype, columns: int, part: int) -> str:
-    """tokens.cu for x of `dtype` with `columns`, and sums of `part` of them."""
-    return cuda_tokens.source(dtype, columns, torch.float8_e4m3fn, part=part)
-
-
 def round_tokens(x: Tensor, part: int) -> Rounded:
     """x [M, K] bfloat16, float16 or float32, M > 0, of any row stride.
 
@@ -49,7 +44,5 @@ def round_tokens(x: Tensor, part: int) -> Rounded:
     levels = torch.empty(m, -(-k // 16) * 16, dtype=torch.uint8, device=device)
     scale = torch.empty(m + _MOST_TOKENS, dtype=torch.float32, device=device)
     sums = torch.empty(m, -(-k // part // 8) * 8, dtype=torch.float16, device=device)
-    threads, _ = cuda_tokens.shape(k, part)
-    limits = _TOP, -_TOP, _TOP
-    cuda_tokens.run(source(x.dtype, k, part), threads, x, k, None, levels, scale, sums, 0.0, limits)
+    cuda_tokens.run(x, k, torch.float8_e4m3fn, levels, scale, (_TOP, -_TOP, _TOP), sums=sums, part=part)
     return Rounded(levels=levels, scale=scale, sums=sums)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewbits.kernels import cuda_attention, cuda_tokens, e4m3_tokens, fragments, nvrtc
+from fewbits.kernels import cuda_attention, cuda_tokens, fragments, nvrtc
 from fewbits.kernels.fragment_choices import Few, Many
 from fewbits.kernels.fragment_layout import Layout
 
@@ -68,7 +68,8 @@ def test_kernels_with_e4m3_tokens_compile(group: int, zero: bool) -> None:
         assert nvrtc.compiled(source, options).startswith(b"\x7fELF")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for columns in (100, 14336):
-            assert nvrtc.compiled(e4m3_tokens.source(dtype, columns, layout.part), options).startswith(b"\x7fELF")
+            source = cuda_tokens.source(dtype, columns, torch.float8_e4m3fn, part=layout.part)
+            assert nvrtc.compiled(source, options).startswith(b"\x7fELF")
 
 
 @pytest.mark.parametrize("before", ["none", "rms_norm", "silu"])
