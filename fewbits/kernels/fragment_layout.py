@@ -7,9 +7,10 @@ mma.m16n8k16".
     tile      16 rows x 16 columns; lane l = 4 g + c holds registers r = 0..3 of two values each:
               row g + 8 (r % 2), columns 2 c + 8 (r // 2) + {0, 1}
     word      4 bits: one tile. Value i of register r at bit 4 r + 16 i.
-              2 bits: two tiles. Value i of register r of 8 at bit 2 r + 16 i.
-              3 bits: three words for four tiles. Of their 16 registers five to a word, at bit 3 r + 16 i; the bits left
-                      over (15 and 31 of each word) are the last register's.
+              2 bits: two words for four tiles, of rows g and g + 8. Value i of register r of tile t at bit
+                      4 t + 2 (r // 2) + 16 i of word r % 2.
+              3 bits: three words for four tiles. Of their 16 registers five to a word, in the order of `_PLACES`,
+                      register n at bit 3 n + 16 i; the bits left over (15 and 31 of each word) are the last's.
               8 bits: half a tile. Registers r, r + 1: four bytes.
     tables    codes of a grid that is not consecutive integers lie in pairs (value 0, value 1) and index a table of
               pairs of levels in shared memory, one copy per lane, so that lanes never meet in a bank.
@@ -30,6 +31,12 @@ from torch.nn import functional
 
 ROWS = 64  # rows are padded to the most that a warp takes
 _BLOCK_COLUMNS = 128  # whole blocks of words for every width; two turns of `many`
+# Which of the 16 registers of four tiles, 4 tile + r, lies where: those of rows g and g + 8, 2 p and 2 p + 1, are to be
+# moved up equally by the shifts that bring several into the 7 bits of a bfloat16 (cuda/fragments.cu, `place`).
+_PLACES = {
+    2: [0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15],
+    3: [0, 2, 12, 14, 13, 1, 3, 5, 7, 9, 4, 6, 8, 10, 11, 15],
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +76,11 @@ class Layout:
         return 0 if self.table or self.bits == 8 else math.gcd(_BLOCK_COLUMNS, self.group)
 
     @property
+    def sums(self) -> int:
+        """Of tokens of a grain, that `few` keeps."""
+        return 2 if self.zero and self.bits < 4 and not self.table and not self.half else 1
+
+    @property
     def part(self) -> int:
         """Columns whose sums are kept apart with E4M3 tokens: the most up to 128 that make up a group."""
         return next(columns for columns in (128, 96, 64, 32) if (self.group or self.unit) % columns == 0)
@@ -98,6 +110,8 @@ def pack(codes: Tensor, layout: Layout) -> Tensor:
     values = by_lane.reshape(split.shape[0], split.shape[3], 32, 16, 2).int()  # registers of 4 steps, 2 values each
     tiles, blocks = values.shape[:2]
     bits, per_word = layout.bits, 16 // layout.bits
+    if bits in _PLACES:
+        values = values[..., _PLACES[bits], :]
     if bits == 8:
         words = _joined(values.reshape(tiles, blocks, 32, 8, 4), [0, 8, 16, 24])
         words = words.reshape(tiles, blocks, 32, 2, 4).transpose(2, 3)
@@ -153,6 +167,8 @@ def unpack(words: Tensor, n: int, k: int, layout: Layout) -> Tensor:
         else:
             shifts = [bits * r + 16 * i for r in range(per_word) for i in range(2)]
         values = _split(by_lane, shifts, bits).reshape(tiles, -1, 32, 16, 2)
+    if bits in _PLACES:
+        values = values[..., torch.tensor(_PLACES[bits]).argsort(), :]
     split = values.reshape(tiles, -1, 8, 4, 4, 2, 2, 2)
     tile, block, g, c, step, high, low, i = range(8)
     codes = split.permute(tile, low, g, block, step, high, c, i).reshape(16 * tiles, -1)

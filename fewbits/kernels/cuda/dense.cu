@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(256)
 #else
     const int row = tile * 16 + g;
     const float above = row < n ? alpha[row] : 0, below = row + 8 < n ? alpha[row + 8] : 0;
-    u32 offset[2];
+    Offsets offset;
     offsets(0, offset);
     float low = above, high = below;
 #endif

@@ -10,6 +10,9 @@ constexpr int FEW_ROWS = 16 * RT, FEW_TOKENS = 8 * MT, FEW_THREADS = 32 * WARPS;
 #define BIASED (BITS < 8 && !TABLE)
 constexpr float BIAS = HALF ? 1024 : 128;
 constexpr int GRAIN = (GROUP | 128) & -(GROUP | 128);  // the power of two in GROUP, up to 128
+// What is added up of tokens: themselves, times what is taken off where that is known; and with zero points of codes that are
+// moved up, first BIAS / 2^up times themselves.
+constexpr int SUMS = MOVED && ZERO ? 2 : 1;
 
 // A unit that is STAGED lies in shared memory: words as each lane will read them, scales and zero points as in memory.
 constexpr int SLOT_SCALES = RT * UNIT_WORDS * 4, SLOT_ZEROS = SLOT_SCALES + RT * SCALES * 32;
@@ -68,22 +71,23 @@ struct Sums {
 
 // What sums of `columns` of these tokens begin with; zeros: of row g and of row g + 8.
 DEVICE void begin_sums(float (*sums)[4], const float* token_sums, int columns, [[maybe_unused]] u32 zeros) {
-#if ZERO
-  const float above = BIAS + (float)(zeros & 255), below = BIAS + (float)(zeros >> 8);
-#else
-  const float above = BIAS + OFFSET, below = above;
-#endif
 #pragma unroll
   for (int mt = 0; mt < MT; mt++) {
     const float* from = token_sums + 8 * mt + 2 * (lane_id() & 3);
-    float2 sum = {0, 0};
+    float2 first = {0, 0}, plain = {0, 0};
 #pragma unroll
-    for (int i = 0; i < columns / GRAIN; i++) {
+    for (int i = 0; i < columns / GRAIN * SUMS; i++) {
       const float2 more = *(const float2*)(from + i * FEW_TOKENS);
+      float2& sum = i % SUMS ? plain : first;
       sum.x += more.x, sum.y += more.y;
     }
-    sums[mt][0] -= above * sum.x, sums[mt][1] -= above * sum.y;
-    sums[mt][2] -= below * sum.x, sums[mt][3] -= below * sum.y;
+    if (ZERO) {
+      const float above = (SUMS == 2 ? 0 : BIAS) + (float)(zeros & 255), below = (SUMS == 2 ? 0 : BIAS) + (float)(zeros >> 8);
+      const float2 of = SUMS == 2 ? plain : first;
+      sums[mt][0] -= above * of.x, sums[mt][1] -= above * of.y, sums[mt][2] -= below * of.x, sums[mt][3] -= below * of.y;
+    }
+    if (!ZERO || SUMS == 2)
+      sums[mt][0] -= first.x, sums[mt][1] -= first.y, sums[mt][2] -= first.x, sums[mt][3] -= first.y;
   }
 }
 
@@ -112,14 +116,14 @@ DEVICE void few_unit(const Unit& unit, u32 tokens, u32 token_stride, const float
         for (int rt = 0; rt < RT; rt++) {
 #if GROUP
           if (BIASED && column % GROUP == 0)
-            begin_sums(group.of[rt], token_sums + column / GRAIN * FEW_TOKENS, GROUP, unit.zero[rt][column / GROUP]);
+            begin_sums(group.of[rt], token_sums + column / GRAIN * SUMS * FEW_TOKENS, GROUP, unit.zero[rt][column / GROUP]);
 #endif
           u32 a[4];
 #if BIASED
 #pragma unroll
           for (int r = 0; r < 4; r++) a[r] = raw(unit.words[rt][b], step + half, r);
 #else
-          u32 offset[2];
+          Offsets offset;
 #if ZERO
           offsets(unit.zero[rt][column / GROUP], offset);
 #else
@@ -213,8 +217,11 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
   spread_table(pairs);
 
   const int width = units * UNIT, pitch = 2 * width + 16;  // columns of x; bytes: rows begin 4 banks apart
-  float* token_sums = parts + (most + WARPS) * PART;       // [columns / GRAIN][tokens]
-  const u32 base = shared_address(token_sums + (BIASED ? width / GRAIN * FEW_TOKENS : 0));
+  float* token_sums = parts + (most + WARPS) * PART;       // [columns / GRAIN][SUMS][tokens]
+  const u32 base = shared_address(token_sums + (BIASED ? width / GRAIN * SUMS * FEW_TOKENS : 0));
+  // Of this thread's columns, 8 (of 64): what their weights are too large by, and what is taken off a sum of theirs.
+  const int up = up_of(threadIdx.x);
+  const float taken = ZERO && !MOVED ? 1 : (BIAS / (1 << up) + (ZERO ? 0 : OFFSET));
   wait_for_inputs();
   constexpr int AT_ONCE = 4;  // rows of x on their way
   for (int first_row = 0; first_row < m; first_row += AT_ONCE)
@@ -230,12 +237,21 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
       for (int j = 0; j < AT_ONCE; j++) {
         const int row = first_row + j;
         if (row >= m) break;
+        const float plain = sum_of(eight[j].x) + sum_of(eight[j].y) + sum_of(eight[j].z) + sum_of(eight[j].w);
+#if MOVED
+        const u32 down = ONES - up * 0x00800080u;
+        eight[j] = {times(eight[j].x, down), times(eight[j].y, down), times(eight[j].z, down), times(eight[j].w, down)};
+#endif
         if (8 * i < width) write_tokens(base + row * pitch + 16 * i, eight[j]);
         if (!BIASED) continue;
-        float sum = sum_of(eight[j].x) + sum_of(eight[j].y) + sum_of(eight[j].z) + sum_of(eight[j].w);
+        float* const to = token_sums + 8 * i / GRAIN * SUMS * FEW_TOKENS + row;
+        float sums[2] = {plain * taken, plain};
 #pragma unroll
-        for (int other = 1; other < GRAIN / 8; other *= 2) sum += __shfl_xor_sync(0xffffffff, sum, other);
-        if (8 * i < width && i % (GRAIN / 8) == 0) token_sums[8 * i / GRAIN * FEW_TOKENS + row] = sum;
+        for (int kind = 0; kind < SUMS; kind++) {
+#pragma unroll
+          for (int other = 1; other < GRAIN / 8; other *= 2) sums[kind] += __shfl_xor_sync(0xffffffff, sums[kind], other);
+          if (8 * i < width && i % (GRAIN / 8) == 0) to[kind * FEW_TOKENS] = sums[kind];
+        }
       }
     }
   __syncthreads();
@@ -258,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
 #else
       const Unit& now = ring[d];
 #endif
-      few_unit(now, tokens + 2 * unit * UNIT, 8 * pitch, token_sums + unit * UNIT / GRAIN * FEW_TOKENS, total);
+      few_unit(now, tokens + 2 * unit * UNIT, 8 * pitch, token_sums + unit * UNIT / GRAIN * SUMS * FEW_TOKENS, total);
       fetch_next(d);  // the lanes of a warp multiply together, so all have read
       if (++unit < units && at + d + 1 < last) continue;
 #pragma unroll

@@ -68,18 +68,19 @@ DEVICE u32 permute(u32 a, u32 b, u32 selector) {
   return out;
 }
 #if HALF
-DEVICE u32 minus(u32 a, u32 b) { u32 out; asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b)); return out; }
+DEVICE u32 plus(u32 a, int, u32 b) { u32 out; asm("add.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b)); return out; }
 DEVICE u32 times(u32 a, u32 b) { u32 out; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b)); return out; }
 DEVICE u32 pair(float low, float high) {
   u32 out; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low)); return out;
 }
 #else
-// fma, for sm_80 knows no bfloat16 addition; a + 0 * b would be needed for the sign of zero, which no product minds
-DEVICE u32 minus(u32 a, u32 b) {
+// a / 2^up + b: fma, for sm_80 knows no bfloat16 addition
+DEVICE u32 plus(u32 a, int up, u32 b) {
   u32 out;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(b), "r"(0xbf80bf80u), "r"(a));
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(ONES - up * 0x00800080u), "r"(b));
   return out;
 }
+// a + 0 * b would be needed for the sign of zero, which no product minds
 DEVICE u32 times(u32 a, u32 b) {
   u32 out;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(0x80008000u));
@@ -210,43 +211,58 @@ DEVICE void fetch(Stream& from, int units, Unit& to) {  // units: of a tile, fro
   from.words += UNIT_WORDS, from.scale += SCALES * 8, from.zero += SCALES * 8;
 }
 
-// Register r (0..3) of tile `step` of a block, before a zero point is taken off.
-DEVICE u32 raw(const u32* q, int step, int r) {
-  [[maybe_unused]] const int i = 4 * step + r;  // of STEPS * 4
-#if BITS == 8
-  return 0;
-#elif TABLE
-  // Entry e of the table at byte 128 e + 4 lane: shift the code pair to bit 7.
-  const u32 mine = 4 * lane_id();
-  u32 at;
-#if BITS == 4
-  at = and_or(r == 0 ? q[step] << 7 : q[step] >> (8 * r - 7), 0x7f80, mine);
-#elif BITS == 3
-  if (i < 15) {
-    const int n = i % 5;
-    at = and_or(n < 2 ? q[i / 5] << (7 - 6 * n) : q[i / 5] >> (6 * n - 7), 0x1f80, mine);
-  } else {
-    at = ((q[0] >> 30) | (q[1] >> 30 << 2) | (q[2] >> 30 << 4)) << 7 | mine;
-  }
-#elif BITS == 2
-  const int n = i % 8;
-  at = and_or(n < 2 ? q[i / 8] << (7 - 4 * n) : q[i / 8] >> (4 * n - 7), 0x780, mine);
-#endif
-  return *(const u32*)(memory + at);
-#elif BITS == 4
-  return and_or(q[step] >> (4 * r), 0x000f000f, MAGIC);
-#elif BITS == 2
-  return and_or(q[i / 8] >> (2 * (i % 8)), 0x00030003, MAGIC);
-#elif BITS == 3
-  if (i < 15) return and_or(q[i / 5] >> (3 * (i % 5)), 0x00070007, MAGIC);
-  u32 bits = (q[0] >> 15) & 0x00010001;  // what five codes of 3 bits leave of each half word
-  bits = and_or(q[1] >> 14, 0x00020002, bits);
-  return and_or(q[2] >> 13, 0x00040004, bits) | MAGIC;
+// Where register r (0..3) of tile `step` of a block lies: code n of the halves of a word, moved up `up` bits in what is read of
+// it. A shift of a word brings as many codes as have room into the 7 bits of a bfloat16, of two bits three, of three bits
+// two; a code that is moved up counts 2^up times as much, which a product makes good. It is the same for rows g and g + 8,
+// that is for 8 columns of the weight. A float16 may lose digits by such a factor.
+#define MOVED (BITS < 4 && !TABLE && !HALF)
+struct Place {
+  int word, n, up;
+};
+DEVICE constexpr int up_of(int columns) {  // the same for columns 8 * columns + 0 .. 7
+  return MOVED ? (BITS == 2 ? 0x20420420 : 0x41303030) >> columns % 8 * 4 & 15 : 0;
+}
+DEVICE constexpr Place place(int step, int r) {
+  const int columns = 2 * step + r / 2, of = columns % 8 * 4;
+#if BITS == 2
+  return {columns / 8 * 2 + r % 2, columns % 8, up_of(columns)};
+#elif BITS == 3  // n 5: in the bits that five codes leave of each word
+  return {(r % 2 ? 0x00211111 : 0x00222200) >> of & 15, (r % 2 ? 0x54443210 : 0x32321010) >> of & 15, up_of(columns)};
+#else
+  return {step, r, 0};
 #endif
 }
 
-// The four registers of a tile: whole levels less their zero point. `offset`: of row g and row g + 8.
-DEVICE void levels(const u32* q, int step, const u32* offset, u32* a) {
+// Register r of tile `step`, before a zero point is taken off.
+DEVICE u32 raw(const u32* q, int step, int r) {
+#if BITS == 8
+  return 0;
+#else
+  const Place in = place(step, r);
+  const u32 word = q[in.word];
+#if TABLE
+  // Entry e of the table at byte 128 e + 4 lane: shift the code pair to bit 7.
+  const int down = 2 * BITS * in.n - 7;
+  u32 at = and_or(down < 0 ? word << -down : word >> (down < 0 ? 0 : down), ((1 << 2 * BITS) - 1) << 7, 4 * lane_id());
+  if (BITS == 3 && in.n == 5) at = ((q[0] >> 30) | (q[1] >> 30 << 2) | (q[2] >> 30 << 4)) << 7 | 4 * lane_id();
+  return *(const u32*)(memory + at);
+#else
+  if (BITS == 3 && in.n == 5) {
+    const u32 two = and_or(q[1] >> (14 - in.up), 0x00020002 << in.up, and_or(q[0] >> (15 - in.up), 0x00010001 << in.up, MAGIC));
+    return and_or(q[2] >> (13 - in.up), 0x00040004 << in.up, two);
+  }
+  return and_or(word >> (BITS * in.n - in.up), ((1 << BITS) - 1) * 0x00010001 << in.up, MAGIC);
+#endif
+#endif
+}
+
+// What is taken off: of codes of 8 bits an integer; else twice in 16 bits, negative, BIAS / 2^up and the zero point.
+struct Offsets {
+  u32 of[2][MOVED ? 5 : 1];  // of row g and of row g + 8, for every `up`
+};
+
+// The four registers of a tile: whole levels less their zero point.
+DEVICE void levels(const u32* q, int step, const Offsets& offset, u32* a) {
 #pragma unroll
   for (int r = 0; r < 4; r++) {
 #if TABLE
@@ -254,26 +270,29 @@ DEVICE void levels(const u32* q, int step, const u32* offset, u32* a) {
 #elif BITS == 8
     // 2^23 + code, a float32 whose last bits are the code: 8 bits are one too many for a bfloat16
     const u32 word = q[2 * step + r / 2], byte = 2 * (r & 1);
-    const float bias = __uint_as_float(0x4b000000u + offset[r & 1]);
+    const float bias = __uint_as_float(0x4b000000u + offset.of[r & 1][0]);
     a[r] = pair(__uint_as_float(permute(word, 0x4b000000u, 0x7540 + byte)) - bias,
                 __uint_as_float(permute(word, 0x4b000000u, 0x7541 + byte)) - bias);
 #else
-    a[r] = minus(raw(q, step, r), offset[r & 1]);
+    const int up = place(step, r).up;
+    a[r] = plus(raw(q, step, r), up, offset.of[r & 1][up]);
 #endif
   }
 }
 
-// What is taken off the codes of row g and of row g + 8, from the bytes of their zero points.
-DEVICE void offsets(u32 zeros, u32* offset) {
-#if !ZERO
-  offset[0] = offset[1] = BITS == 8 ? OFFSET : MAGIC + OFFSET * 0x00010001u;
-#elif BITS == 8
-  offset[0] = zeros & 255;
-  offset[1] = zeros >> 8 & 255;
+// From the bytes of the zero points of row g and of row g + 8.
+DEVICE void offsets(u32 zeros, Offsets& offset) {
+#pragma unroll
+  for (int low = 0; low < 2; low++) {
+#if BITS == 8
+    offset.of[low][0] = ZERO ? zeros >> 8 * low & 255 : OFFSET;
 #else
-  offset[0] = permute(zeros, 0, 0x4040) + MAGIC;
-  offset[1] = permute(zeros, 0, 0x4141) + MAGIC;
+    const u32 zero = ZERO ? permute(zeros, 0, low ? 0x4141 : 0x4040) : OFFSET * 0x00010001u;
+#pragma unroll
+    for (int up = 0; up < (MOVED ? 5 : 1); up++)  // one less in the exponent, and the digits so much higher
+      offset.of[low][up] = (MAGIC | 0x80008000u) - up * 0x00800080u + (zero << up);
 #endif
+  }
 }
 
 #if E4M3

@@ -314,7 +314,8 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
       for (int i = 0; i < NT / 2; i++) acc[i] += (i & 2 ? below : above) * apart[APART ? i : 0];
     };
 #if !E4M3
-    u32 offset[2], low = ONES, high = ONES;  // of this group: what is taken off codes, and scales, twice in 16 bits
+    Offsets offset;  // of this group
+    u32 low = ONES, high = ONES;  // its scales, twice in 16 bits
     offsets(0, offset);
     [[maybe_unused]] auto read_group = [&](u32 stage, int group, float& of_top, float& of_bottom) {
       const u32 scale = read1(scales + stage + group * 32);
