@@ -116,7 +116,9 @@ def pack(codes: Tensor, layout: Layout) -> Tensor:
         words = _joined(values.reshape(tiles, blocks, 32, 8, 4), [0, 8, 16, 24])
         words = words.reshape(tiles, blocks, 32, 2, 4).transpose(2, 3)
     elif bits == 3:
-        words = _pack_three(values, layout.table).transpose(2, 3)
+        words = _pack_three(values, layout.table).reshape(tiles, -1, 2, 32, 3).transpose(2, 3)
+        words = words.reshape(tiles, -1, 32, 6)  # of a lane in two blocks: four of all lanes, then the rest
+        words = torch.cat((words[..., :4].flatten(2), words[..., 4:].flatten(2)), 2)
     else:
         if layout.table:
             pairs = values[..., 0] | values[..., 1] << bits
@@ -157,7 +159,10 @@ def unpack(words: Tensor, n: int, k: int, layout: Layout) -> Tensor:
         by_lane = words.reshape(tiles, -1, 2, 32, 4).transpose(2, 3).reshape(tiles, -1, 32, 8)
         values = _split(by_lane, [0, 8, 16, 24], 8).reshape(tiles, -1, 32, 16, 2)
     elif bits == 3:
-        values = _unpack_three(words.reshape(tiles, -1, 3, 32).transpose(2, 3), layout.table)
+        words = words.reshape(tiles, -1, 192)
+        by_lane = torch.cat((words[..., :128].reshape(tiles, -1, 32, 4), words[..., 128:].reshape(tiles, -1, 32, 2)), 3)
+        by_lane = by_lane.reshape(tiles, -1, 32, 2, 3).transpose(2, 3).reshape(tiles, -1, 32, 3)
+        values = _unpack_three(by_lane, layout.table)
     else:
         if bits == 2:
             words = words.reshape(tiles, -1, 32, 2, 2).transpose(2, 3)

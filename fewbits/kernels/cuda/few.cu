@@ -24,13 +24,9 @@ DEVICE void copy_unit(Stream& from, int units, u32 slot) {
   for (int rt = 0; rt < RT; rt++) {
     const u32* words = from.words + (u64)(rt * units) * UNIT_WORDS;
     const u32 to = slot + rt * UNIT_WORDS * 4;
-#if BITS == 3
 #pragma unroll
-    for (int i = 0; i < BLOCKS * WORDS; i++) copy4(to + 128 * i + 4 * lane, words + 32 * i, true);
-#else
-#pragma unroll
-    for (int i = 0; i < BLOCKS * WORDS; i += 4) copy16_ahead(to + 128 * i + 16 * lane, words + 32 * i);
-#endif
+    for (int i = 0; i < BLOCKS * WORDS; i += 4)
+      if (i + 4 <= BLOCKS * WORDS || lane < 16) copy16_ahead(to + 128 * i + 16 * lane, words + 32 * i);
     const u64 first = (u64)(rt * units) * SCALES * 8 - (lane >> 2);  // of this lane's row on
     for (int i = lane; i < 2 * SCALES; i += 32)
       copy16(slot + SLOT_SCALES + rt * SCALES * 32 + 16 * i, from.scale + first + 4 * i);
@@ -47,13 +43,7 @@ DEVICE void read_unit(u32 slot, Unit& to) {
 #pragma unroll
   for (int rt = 0; rt < RT; rt++) {
 #pragma unroll
-    for (int i = 0; i < BLOCKS * WORDS; i += BITS == 3 ? 1 : 4) {
-      const u32 at = slot + rt * UNIT_WORDS * 4 + 128 * i;
-      if (BITS == 3)
-        to.words[rt][i / WORDS][i % WORDS] = read1(at + 4 * lane);
-      else
-        read4(&to.words[rt][i / WORDS][i % WORDS], at + 16 * lane);
-    }
+    for (int b = 0; b < BLOCKS; b++) read_words(to.words[rt][b], slot + rt * UNIT_WORDS * 4 + 128 * WORDS * b);
 #pragma unroll
     for (int s = 0; s < SCALES; s++) {
       const int at = 8 * (rt * SCALES + s) + (lane >> 2);
@@ -223,37 +213,56 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
   const int up = up_of(threadIdx.x);
   const float taken = ZERO && !MOVED ? 1 : (BIAS / (1 << up) + (ZERO ? 0 : OFFSET));
   wait_for_inputs();
-  constexpr int AT_ONCE = 4;  // rows of x on their way
-  for (int first_row = 0; first_row < m; first_row += AT_ONCE)
-    for (int i = threadIdx.x; i - lane < width / 8; i += FEW_THREADS) {  // whole warps, for the sums
-      const int column = start * UNIT + 8 * i;
+  auto take = [&](uint4 eight, int row, int i) {  // by whole warps, for the sums
+    const float plain = sum_of(eight.x) + sum_of(eight.y) + sum_of(eight.z) + sum_of(eight.w);
+#if MOVED
+    const u32 down = ONES - up * 0x00800080u;
+    eight = {times(eight.x, down), times(eight.y, down), times(eight.z, down), times(eight.w, down)};
+#endif
+    if (8 * i < width) write_tokens(base + row * pitch + 16 * i, eight);
+    if (!BIASED) return;
+    float sums[2] = {plain * taken, plain};
+#pragma unroll
+    for (int kind = 0; kind < SUMS; kind++) {
+#pragma unroll
+      for (int other = 1; other < GRAIN / 8; other *= 2) sums[kind] += __shfl_xor_sync(0xffffffff, sums[kind], other);
+      if (8 * i < width && i % (GRAIN / 8) == 0) token_sums[(8 * i / GRAIN * SUMS + kind) * FEW_TOKENS + row] = sums[kind];
+    }
+  };
+  constexpr int AT_ONCE = 4;  // loads on their way to a thread: of one row, or of as many
+  if (m == 1) {
+    for (int begin = threadIdx.x; begin - lane < width / 8; begin += AT_ONCE * FEW_THREADS) {
       uint4 eight[AT_ONCE];
 #pragma unroll
       for (int j = 0; j < AT_ONCE; j++) {
+        const int i = begin + j * FEW_THREADS, column = start * UNIT + 8 * i;
         eight[j] = {0, 0, 0, 0};
-        if (first_row + j < m && 8 * i < width && column < k) read_tokens(eight[j], x + (u64)(first_row + j) * k + column);
+        if (8 * i < width && column < k) read_tokens(eight[j], x + column);
       }
 #pragma unroll
       for (int j = 0; j < AT_ONCE; j++) {
-        const int row = first_row + j;
-        if (row >= m) break;
-        const float plain = sum_of(eight[j].x) + sum_of(eight[j].y) + sum_of(eight[j].z) + sum_of(eight[j].w);
-#if MOVED
-        const u32 down = ONES - up * 0x00800080u;
-        eight[j] = {times(eight[j].x, down), times(eight[j].y, down), times(eight[j].z, down), times(eight[j].w, down)};
-#endif
-        if (8 * i < width) write_tokens(base + row * pitch + 16 * i, eight[j]);
-        if (!BIASED) continue;
-        float* const to = token_sums + 8 * i / GRAIN * SUMS * FEW_TOKENS + row;
-        float sums[2] = {plain * taken, plain};
-#pragma unroll
-        for (int kind = 0; kind < SUMS; kind++) {
-#pragma unroll
-          for (int other = 1; other < GRAIN / 8; other *= 2) sums[kind] += __shfl_xor_sync(0xffffffff, sums[kind], other);
-          if (8 * i < width && i % (GRAIN / 8) == 0) to[kind * FEW_TOKENS] = sums[kind];
-        }
+        const int i = begin + j * FEW_THREADS;
+        if (i - lane >= width / 8) break;
+        take(eight[j], 0, i);
       }
     }
+  } else {
+    for (int first_row = 0; first_row < m; first_row += AT_ONCE)
+      for (int i = threadIdx.x; i - lane < width / 8; i += FEW_THREADS) {
+        const int column = start * UNIT + 8 * i;
+        uint4 eight[AT_ONCE];
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++) {
+          eight[j] = {0, 0, 0, 0};
+          if (first_row + j < m && 8 * i < width && column < k) read_tokens(eight[j], x + (u64)(first_row + j) * k + column);
+        }
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++) {
+          if (first_row + j >= m) break;
+          take(eight[j], first_row + j, i);
+        }
+      }
+  }
   __syncthreads();
 
   // Lane l names row l % 8 of matrix l / 8. Rows past the last token hold anything: a token's sums are its own, and

@@ -18,11 +18,11 @@
 // (one for all); HALF (float16 in and out, else bfloat16); E4M3 (tokens are rounded to it: codes of 4 bits only); RT tiles of
 // 16 rows per warp. Those of one kernel are named in its file.
 
-// A block is what a thread reads at once: WORDS words for STEPS tiles along the columns.
+// A block is what a thread reads at once: WORDS words for STEPS tiles along the columns, four of each thread, then the rest.
 #if BITS == 4
 constexpr int WORDS = 4, STEPS = 4;
 #elif BITS == 3
-constexpr int WORDS = 3, STEPS = 4;
+constexpr int WORDS = 6, STEPS = 8;
 #elif BITS == 2
 constexpr int WORDS = 4, STEPS = 8;
 #elif BITS == 8
@@ -46,6 +46,9 @@ extern __shared__ __align__(1024) u8 memory[];  // begins with the table of pair
 DEVICE void load4(const u32* from, u32* to) {
   asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from));
+}
+DEVICE void load2(const u32* from, u32* to) {
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.u32 {%0,%1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from));
 }
 DEVICE u32 load1(const u32* from) {
   u32 word;
@@ -119,6 +122,9 @@ DEVICE void read4(u32* to, u32 address) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
 }
+DEVICE void read2(u32* to, u32 address) {
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(address) : "memory");
+}
 DEVICE u32 read1(u32 address) {
   u32 word;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
@@ -182,8 +188,15 @@ constexpr int UNIT_WORDS = 32 * WORDS * BLOCKS;
 DEVICE Stream stream(const Weight& w, int tile, int unit) {
   const u64 at = (u64)tile * w.units + unit;
   const int lane = lane_id();
-  return {w.words + at * UNIT_WORDS + (BITS == 3 ? lane : 4 * lane), w.scale + at * SCALES * 8 + (lane >> 2),
+  return {w.words + at * UNIT_WORDS + 4 * lane, w.scale + at * SCALES * 8 + (lane >> 2),
           w.zero + at * SCALES * 8 + (lane >> 2)};
+}
+
+// A lane's words of a block that lies in shared memory.
+DEVICE void read_words(u32* to, u32 block) {
+#pragma unroll
+  for (int i = 0; i + 4 <= WORDS; i += 4) read4(to + i, block + 128 * i + 16 * lane_id());
+  if (BITS == 3) read2(to + WORDS - 2, block + 512 + 8 * lane_id());
 }
 
 DEVICE void fetch(Stream& from, int units, Unit& to) {  // units: of a tile, from one of RT tiles to the next
@@ -192,13 +205,9 @@ DEVICE void fetch(Stream& from, int units, Unit& to) {  // units: of a tile, fro
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
       const u32* block = from.words + (u64)(rt * units) * UNIT_WORDS + b * 32 * WORDS;
-#if BITS == 3
 #pragma unroll
-      for (int i = 0; i < WORDS; i++) to.words[rt][b][i] = load1(block + 32 * i);
-#else
-#pragma unroll
-      for (int i = 0; i < WORDS; i += 4) load4(block + 32 * i, to.words[rt][b] + i);
-#endif
+      for (int i = 0; i + 4 <= WORDS; i += 4) load4(block + 32 * i, to.words[rt][b] + i);
+      if (BITS == 3) load2(block + 128 - 2 * lane_id(), to.words[rt][b] + WORDS - 2);
     }
 #pragma unroll
     for (int s = 0; s < SCALES; s++) {
@@ -226,8 +235,9 @@ DEVICE constexpr Place place(int step, int r) {
   const int columns = 2 * step + r / 2, of = columns % 8 * 4;
 #if BITS == 2
   return {columns / 8 * 2 + r % 2, columns % 8, up_of(columns)};
-#elif BITS == 3  // n 5: in the bits that five codes leave of each word
-  return {(r % 2 ? 0x00211111 : 0x00222200) >> of & 15, (r % 2 ? 0x54443210 : 0x32321010) >> of & 15, up_of(columns)};
+#elif BITS == 3  // n 5: in the bits that five codes leave of three words
+  const int word = columns / 8 * 3 + ((r % 2 ? 0x00211111 : 0x00222200) >> of & 15);
+  return {word, (r % 2 ? 0x54443210 : 0x32321010) >> of & 15, up_of(columns)};
 #else
   return {step, r, 0};
 #endif
@@ -240,16 +250,18 @@ DEVICE u32 raw(const u32* q, int step, int r) {
 #else
   const Place in = place(step, r);
   const u32 word = q[in.word];
+  [[maybe_unused]] const u32* const three = q + step / 4 * 3;
 #if TABLE
   // Entry e of the table at byte 128 e + 4 lane: shift the code pair to bit 7.
   const int down = 2 * BITS * in.n - 7;
   u32 at = and_or(down < 0 ? word << -down : word >> (down < 0 ? 0 : down), ((1 << 2 * BITS) - 1) << 7, 4 * lane_id());
-  if (BITS == 3 && in.n == 5) at = ((q[0] >> 30) | (q[1] >> 30 << 2) | (q[2] >> 30 << 4)) << 7 | 4 * lane_id();
+  if (BITS == 3 && in.n == 5) at = ((three[0] >> 30) | (three[1] >> 30 << 2) | (three[2] >> 30 << 4)) << 7 | 4 * lane_id();
   return *(const u32*)(memory + at);
 #else
   if (BITS == 3 && in.n == 5) {
-    const u32 two = and_or(q[1] >> (14 - in.up), 0x00020002 << in.up, and_or(q[0] >> (15 - in.up), 0x00010001 << in.up, MAGIC));
-    return and_or(q[2] >> (13 - in.up), 0x00040004 << in.up, two);
+    u32 bits = and_or(three[0] >> (15 - in.up), 0x00010001 << in.up, MAGIC);
+    bits = and_or(three[1] >> (14 - in.up), 0x00020002 << in.up, bits);
+    return and_or(three[2] >> (13 - in.up), 0x00040004 << in.up, bits);
   }
   return and_or(word >> (BITS * in.n - in.up), ((1 << BITS) - 1) * 0x00010001 << in.up, MAGIC);
 #endif

@@ -284,18 +284,11 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
   // Of the descriptor of tokens (PTX ISA, "Matrix descriptor") the half that changes: their address in units of 16 bytes.
   // The other half is always 1024 bytes from 8 rows to the next, in the 128-byte swizzle.
   const u32 descriptor = tokens >> 4 | 1 << 16;
-  const u32 words = weights + warp * 256 * BITS + (BITS == 3 ? 4 : 16) * lane;
+  const u32 words = weights + warp * 256 * BITS;
   const u32 scales = weights + SCALES_AT + warp * SCALE_BYTES + 4 * (lane >> 2);
   const u32 zeros = weights + ZEROS_AT + warp * ZERO_BYTES + 2 * (lane >> 2);
   auto read_block = [&](u32* q, u32 stage, int block) {  // of COLUMNS
-    const u32 from = words + stage + block * COLUMNS / 128 * WIDE_BYTES + block * COLUMNS % 128 * 2 * BITS;
-#if BITS == 3
-#pragma unroll
-    for (int i = 0; i < WORDS; i++) q[i] = read1(from + 128 * i);
-#else
-#pragma unroll
-    for (int i = 0; i < WORDS; i += 4) read4(q + i, from + 128 * i);
-#endif
+    read_words(q, words + stage + block * COLUMNS / 128 * WIDE_BYTES + block * COLUMNS % 128 * 2 * BITS);
   };
   // Of a lane, for ldmatrix: a row of a matrix, 8 columns of one of 16 tokens, in the 128-byte swizzle.
   [[maybe_unused]] const u32 mine_of_tokens =
