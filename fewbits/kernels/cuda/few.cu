@@ -144,6 +144,22 @@ DEVICE void few_unit(const Unit& unit, u32 tokens, u32 token_stride, const float
   }
 }
 
+// Sums over the GRAIN / 8 lanes that have a grain, of four values at a time: a lane hands on those that another adds up. It
+// ends with value lane % 4. After two lanes, of value lane % 2 and of value lane % 2 + 2.
+DEVICE void sum_of_two_lanes(const float* four, float* two) {
+  const bool odd = threadIdx.x & 1;
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    two[i] = (odd ? four[2 * i + 1] : four[2 * i]) + __shfl_xor_sync(0xffffffff, odd ? four[2 * i] : four[2 * i + 1], 1);
+}
+DEVICE float sum_of_lanes(const float* two) {
+  const bool odd = threadIdx.x & 2;
+  float sum = (odd ? two[1] : two[0]) + __shfl_xor_sync(0xffffffff, odd ? two[0] : two[1], 2);
+#pragma unroll
+  for (int other = 4; other < GRAIN / 8; other *= 2) sum += __shfl_xor_sync(0xffffffff, sum, other);
+  return sum;
+}
+
 // A block has a contiguous run of strips (16 RT rows), of which it multiplies its part of the columns. These units of
 // weights lie in a line, strip after strip, and every warp takes an equal piece of the line, from the middle of one strip to
 // the middle of another, without waiting for anyone. What it summed up of a strip goes to shared memory under the number
@@ -213,56 +229,50 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
   const int up = up_of(threadIdx.x);
   const float taken = ZERO && !MOVED ? 1 : (BIAS / (1 << up) + (ZERO ? 0 : OFFSET));
   wait_for_inputs();
-  auto take = [&](uint4 eight, int row, int i) {  // by whole warps, for the sums
-    const float plain = sum_of(eight.x) + sum_of(eight.y) + sum_of(eight.z) + sum_of(eight.w);
+  auto keep = [&](uint4 eight, int row, int i) {  // -> their sum
+    const float sum = sum_of(eight.x) + sum_of(eight.y) + sum_of(eight.z) + sum_of(eight.w);
 #if MOVED
     const u32 down = ONES - up * 0x00800080u;
     eight = {times(eight.x, down), times(eight.y, down), times(eight.z, down), times(eight.w, down)};
 #endif
-    if (8 * i < width) write_tokens(base + row * pitch + 16 * i, eight);
-    if (!BIASED) return;
-    float sums[2] = {plain * taken, plain};
-#pragma unroll
-    for (int kind = 0; kind < SUMS; kind++) {
-#pragma unroll
-      for (int other = 1; other < GRAIN / 8; other *= 2) sums[kind] += __shfl_xor_sync(0xffffffff, sums[kind], other);
-      if (8 * i < width && i % (GRAIN / 8) == 0) token_sums[(8 * i / GRAIN * SUMS + kind) * FEW_TOKENS + row] = sums[kind];
-    }
+    if (8 * i < width && row < m) write_tokens(base + row * pitch + 16 * i, eight);
+    return sum;
   };
-  constexpr int AT_ONCE = 4;  // loads on their way to a thread: of one row, or of as many
-  if (m == 1) {
-    for (int begin = threadIdx.x; begin - lane < width / 8; begin += AT_ONCE * FEW_THREADS) {
+  constexpr int AT_ONCE = 4;  // loads on their way to a thread: of one row, or of as many. Whole warps, for the sums
+  const int step = m == 1 ? FEW_THREADS : 0, rows = m == 1 ? 1 : AT_ONCE;
+  for (int first_row = 0; first_row < m; first_row += rows)
+    for (int begin = threadIdx.x; begin - lane < width / 8; begin += m == 1 ? AT_ONCE * FEW_THREADS : FEW_THREADS) {
       uint4 eight[AT_ONCE];
 #pragma unroll
       for (int j = 0; j < AT_ONCE; j++) {
-        const int i = begin + j * FEW_THREADS, column = start * UNIT + 8 * i;
+        const int row = first_row + (m == 1 ? 0 : j), i = begin + j * step, column = start * UNIT + 8 * i;
         eight[j] = {0, 0, 0, 0};
-        if (8 * i < width && column < k) read_tokens(eight[j], x + column);
+        if (row < m && 8 * i < width && column < k) read_tokens(eight[j], x + (u64)row * k + column);
       }
+      float sums[SUMS][AT_ONCE];
 #pragma unroll
       for (int j = 0; j < AT_ONCE; j++) {
-        const int i = begin + j * FEW_THREADS;
-        if (i - lane >= width / 8) break;
-        take(eight[j], 0, i);
+        const float sum = keep(eight[j], first_row + (m == 1 ? 0 : j), begin + j * step);
+        sums[0][j] = sum * taken;
+        if (SUMS == 2) sums[SUMS - 1][j] = sum;
+      }
+      if (!BIASED) continue;
+#pragma unroll
+      for (int kind = 0; kind < SUMS; kind++) {
+        auto put_sum = [&](float sum, int j) {
+          const int row = first_row + (m == 1 ? 0 : j), i = begin + j * step;
+          if (8 * i < width && row < m) token_sums[(8 * i / GRAIN * SUMS + kind) * FEW_TOKENS + row] = sum;
+        };
+        float two[2];
+        sum_of_two_lanes(sums[kind], two);
+        if (GRAIN == 16)
+          put_sum(two[0], lane & 1), put_sum(two[1], 2 | lane & 1);
+        else {
+          const float sum = sum_of_lanes(two);
+          if (lane % (GRAIN / 8) < AT_ONCE) put_sum(sum, lane & 3);
+        }
       }
     }
-  } else {
-    for (int first_row = 0; first_row < m; first_row += AT_ONCE)
-      for (int i = threadIdx.x; i - lane < width / 8; i += FEW_THREADS) {
-        const int column = start * UNIT + 8 * i;
-        uint4 eight[AT_ONCE];
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; j++) {
-          eight[j] = {0, 0, 0, 0};
-          if (first_row + j < m && 8 * i < width && column < k) read_tokens(eight[j], x + (u64)(first_row + j) * k + column);
-        }
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; j++) {
-          if (first_row + j >= m) break;
-          take(eight[j], first_row + j, i);
-        }
-      }
-  }
   __syncthreads();
 
   // Lane l names row l % 8 of matrix l / 8. Rows past the last token hold anything: a token's sums are its own, and
