@@ -189,49 +189,43 @@ def chains() -> dict[str, Any]:
     weight = torch.rand(4096, device=GPU).bfloat16()
     shape = 1, QUERIES, 4096, WIDTH
     qkv = [[torch.randn(shape, device=GPU).bfloat16() for _ in range(3)] for _ in range(2)]
-    norm = Callables("rms_norm", lambda x: functional.rms_norm(x, (x.shape[1],), weight, 1e-5))
-    silu = Callables("silu", lambda x: functional.silu(x[:, : x.shape[1] // 2]) * x[:, x.shape[1] // 2 :])
+    before = {
+        "rms_norm": lambda x: functional.rms_norm(x, (x.shape[1],), weight, 1e-5),
+        "silu": lambda x: functional.silu(x[:, : x.shape[1] // 2]) * x[:, x.shape[1] // 2 :],
+    }
 
-    def attention(i: int) -> Tensor:
+    def attended(i: int) -> Tensor:
         y = functional.scaled_dot_product_attention(*qkv[i], is_causal=True)
         return y.transpose(1, 2).reshape(4096, -1)
 
     found: dict[str, Any] = {}
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-        alone = microseconds(over([0, 1], attention))
+        alone = microseconds(over([0, 1], attended))
         for name, (n, k) in SHAPES.items():
             w = [torch.randn(n, k, device=GPU).bfloat16() for _ in range(2)]
             sets = [operands(4096, n, k, torch.float8_e4m3fn) for _ in range(2)]
-            before = {"o": None, "down": silu}.get(name, norm)
+            kind = {"o": "attention", "down": "silu"}.get(name, "rms_norm")
 
-            def fp8(i: int, x: Tensor, *before: Any) -> Tensor:
-                q, scale, _ = quantize.quantize_tokens(x, *FP8_RANGE, *before)
+            def fp8(i: int, x: Tensor, *given: Any) -> Tensor:
+                q, scale, _ = quantize.quantize_tokens(x, *FP8_RANGE, *given)
                 return scaled_mm((q, sets[i][1], scale, sets[i][3]), True)
 
-            if before is None:
+            if kind == "attention":
                 taken = alone
-                sixteen = microseconds(over([0, 1], lambda i: functional.linear(attention(i), w[i])))
-                eight = microseconds(over([0, 1], lambda i: fp8(i, attention(i))))
+                sixteen = microseconds(over([0, 1], lambda i: functional.linear(attended(i), w[i])))
+                eight = microseconds(over([0, 1], lambda i: fp8(i, attended(i))))
             else:
-                taken, columns = 0.0, k if before is norm else 2 * k
+                taken, columns = 0.0, 2 * k if kind == "silu" else k
                 x = [torch.randn(4096, columns, device=GPU).bfloat16() for _ in range(2)]
-                sixteen = min(
-                    microseconds(over([0, 1], lambda i: functional.linear(way(x[i]), w[i]))) for way in before.ways
-                )
-                eight = microseconds(over([0, 1], lambda i: fp8(i, x[i], before.name, weight, 1e-5)))
+                ways = before[kind], torch.compile(before[kind], dynamic=False)
+                sixteen = min(microseconds(over([0, 1], lambda i: functional.linear(way(x[i]), w[i]))) for way in ways)
+                eight = microseconds(over([0, 1], lambda i: fp8(i, x[i], kind, weight, 1e-5)))
             found[name] = {
-                "before": before.name if before else "attention", "before_alone_us": taken, "bf16_us": sixteen,
+                "before": kind, "before_alone_us": taken, "bf16_us": sixteen,
                 "fp8_us": eight, "fp8_over_bf16": round((sixteen - taken) / (eight - taken), 2),
             }  # fmt: skip
             print("with what comes before,", name, found[name])
     return found
-
-
-class Callables:
-    """An operation of torch's: as it is, and as torch compiles it."""
-
-    def __init__(self, name: str, call: Callable[[Tensor], Tensor]) -> None:
-        self.name, self.ways = name, (call, torch.compile(call, dynamic=False))
 
 
 def tokens() -> dict[str, Any]:

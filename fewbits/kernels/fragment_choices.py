@@ -53,7 +53,7 @@ class Few:
         parts = most + self.warps
         width = -(-layout.units(k) // self.split) * layout.unit
         tokens = (m if self.mt == 1 else self.tokens) * (2 * width + 16)
-        sums = 4 * width // layout.grain * layout.sums * self.tokens if layout.grain else 0
+        sums = 4 * width // layout.grain * self.tokens if layout.grain else 0
         slot = self.rt * (2 * layout.unit * layout.bits + layout.groups * (48 if layout.zero else 32))
         ring = self.warps * self.ring * slot if self.staged else 0
         sums_of_parts = 4 * parts * self.tokens * (rows + 4)

@@ -76,11 +76,6 @@ class Layout:
         return 0 if self.table or self.bits == 8 else math.gcd(_BLOCK_COLUMNS, self.group)
 
     @property
-    def sums(self) -> int:
-        """Of tokens of a grain, that `few` keeps."""
-        return 2 if self.zero and self.bits < 4 and not self.table and not self.half else 1
-
-    @property
     def part(self) -> int:
         """Columns whose sums are kept apart with E4M3 tokens: the most up to 128 that make up a group."""
         return next(columns for columns in (128, 96, 64, 32) if (self.group or self.unit) % columns == 0)

@@ -3,11 +3,15 @@
 A product with few tokens reads every weight once and multiplies it a few times, so its time is that of reading. What
 keeps a kernel from it is work per weight: finding its place, turning an integer into a float, a way through shared
 memory. Here none is left. The weight is stored in the order in which the threads of a warp hold the left operand of
-`mma.m16n8k16` (CUDA PTX ISA, "Matrix fragments for mma.m16n8k16"), so that a thread reads 16 bytes, all its own;
-and codes are packed so that one mask leaves two of them in the last bits of two 16-bit floats whose value is then
-128 + code (bfloat16) or 1024 + code (float16); a subtraction makes that code - zero, exactly. `few` saves even that: it
-multiplies 128 + code and takes (128 + zero) times the sum of the group's tokens off the sum. (The order is that of
-Marlin, arXiv 2408.11743, the trick of FasterTransformer.)
+`mma.m16n8k16` (CUDA PTX ISA, "Matrix fragments for mma.m16n8k16"; an order of Marlin's, arXiv 2408.11743), so that a
+thread reads 16 bytes, all its own; and codes are packed so that one mask leaves two of them in two 16-bit floats.
+
+With nothing but zeros around it a code is such a float: code * 2**-133 in bfloat16, code * 2**-24 in float16, for the
+subnormal numbers and the first binade after them are evenly spaced, up to 255 and 2047. It may lie some bits higher,
+where it counts 2, 4, ... times as much, so one shift serves several codes. (Usual is a code in the last bits of 128 or
+1024, to which each has to be shifted, and which costs the sum digits.) `few` multiplies codes as they are, by tokens
+times 2**64 if those are bfloat16, and takes the zero point times the sum of the group's tokens off the sum. In `many`
+one fused multiplication and addition makes a code its level, exactly.
 
 Scales of groups are float16 times a power of two a row (`alpha`), which is multiplied into the result. Packing is told
 in fragment_layout.py, how the work is divided in fragment_choices.py; the kernels are in cuda/.

@@ -46,6 +46,45 @@ def test_a_thread_holds_what_the_matrix_instruction_wants() -> None:
                 assert word >> (4 * r + 16 * i) & 15 == codes[row, column]
 
 
+def test_less_than_four_bits_lie_where_the_kernel_looks() -> None:
+    """Registers of rows g and g + 8 have the same place within what a shift brings; 3 bits: the last one's bits are
+    those that five codes leave of three words (cuda/fragments.cu, `place`)."""
+    places = {
+        2: [[(0, n) for n in range(8)], [(1, n) for n in range(8)]],
+        3: [
+            [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2), (2, 3), (0, 2), (0, 3)],
+            [(1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (2, 4), (0, 4), None],
+        ],
+    }
+    for bits, of_rows in places.items():
+        codes = torch.randint(0, 1 << bits, (64, 128), dtype=torch.uint8)
+        words = fragment_layout.pack(codes, layout(bits)).long() & 0xFFFFFFFF
+        for tile, block, lane in [(0, 0, 0), (1, 1, 5), (3, 0, 31), (2, 1, 18)]:
+            if bits == 2:
+                mine = words[tile, 0, 4 * lane + 2 * block :][:2]
+            else:
+                four, two = words[tile, 0, 4 * lane : 4 * lane + 4], words[tile, 0, 128 + 2 * lane : 130 + 2 * lane]
+                mine = torch.cat((four, two))[3 * block :][:3]
+            for low, registers in enumerate(of_rows):
+                for pair, place in enumerate(registers):
+                    for i in range(2):
+                        column = 64 * block + 8 * pair + 2 * (lane % 4) + i
+                        code = int(codes[16 * tile + lane // 4 + 8 * low, column])
+                        if place is None:
+                            found = sum((int(word) >> 15 + 16 * i & 1) << j for j, word in enumerate(mine))
+                        else:
+                            found = int(mine[place[0]]) >> bits * place[1] + 16 * i & (1 << bits) - 1
+                        assert found == code, (bits, tile, block, lane, low, pair, i)
+
+
+@pytest.mark.parametrize(("dtype", "least", "last"), [(torch.bfloat16, -133, 255), (torch.float16, -24, 2047)])
+def test_a_bare_code_is_a_number(dtype: torch.dtype, least: int, last: int) -> None:
+    """Subnormal numbers and the first binade after them are evenly spaced: what the kernels multiply codes as."""
+    codes = torch.arange(last + 1, dtype=torch.int16)
+    assert torch.equal(codes.view(dtype).double(), codes.double() * 2.0**least)
+    assert torch.tensor([last + 2], dtype=torch.int16).view(dtype).double() != (last + 2) * 2.0**least
+
+
 def test_scales_keep_their_digits() -> None:
     scale = (torch.rand(70, 5) * torch.logspace(-12, 3, 70)[:, None]).half().float()
     packed, alpha = fragment_layout.pack_scales(scale, 5 * 128, layout(4))

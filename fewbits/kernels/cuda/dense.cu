@@ -25,8 +25,8 @@ extern "C" __global__ void __launch_bounds__(256)
     Scaled scaled(0x3c003c00, 0);
 #else
     const int row = tile * 16 + g;
-    const float above = row < n ? alpha[row] : 0, below = row + 8 < n ? alpha[row + 8] : 0;
-    Offsets offset;
+    const float above = row < n ? LEVEL * alpha[row] : 0, below = row + 8 < n ? LEVEL * alpha[row + 8] : 0;
+    u32 offset[2];
     offsets(0, offset);
     float low = above, high = below;
 #endif

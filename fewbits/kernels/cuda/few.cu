@@ -5,14 +5,13 @@
 
 constexpr int FEW_ROWS = 16 * RT, FEW_TOKENS = 8 * MT, FEW_THREADS = 32 * WARPS;
 
-// Codes of up to 4 bits that are levels but for an offset are multiplied as they are, BIAS and all: of each sum, BIAS and
-// the zero point times the sum of its tokens is taken off, which was added up when they came in, GRAIN columns at a time.
-#define BIASED (BITS < 8 && !TABLE)
-constexpr float BIAS = HALF ? 1024 : 128;
+// Codes of up to 4 bits that are levels but for an offset are multiplied as they are, bare. Of each sum the zero point times
+// the sum of its tokens is taken off, which was added up when they came in, GRAIN columns at a time. So small a number
+// times a token of bfloat16 may be too small for float32: tokens are multiplied by 2^LIFT. (One of 2^63 or more is
+// infinite then.) Sums, which are too small by ABOVE, are set right at the end.
 constexpr int GRAIN = (GROUP | 128) & -(GROUP | 128);  // the power of two in GROUP, up to 128
-// What is added up of tokens: themselves, times what is taken off where that is known; and with zero points of codes that are
-// moved up, first BIAS / 2^up times themselves.
-constexpr int SUMS = MOVED && ZERO ? 2 : 1;
+constexpr int LIFT = BARE && !HALF ? 64 : 0;
+constexpr float ABOVE = BARE ? (HALF ? 0x1p24f : 0x1p69f) : 1, BELOW = ABOVE / (1 << ROW_UP);  // rows g, rows g + 8
 
 // A unit that is STAGED lies in shared memory: words as each lane will read them, scales and zero points as in memory.
 constexpr int SLOT_SCALES = RT * UNIT_WORDS * 4, SLOT_ZEROS = SLOT_SCALES + RT * SCALES * 32;
@@ -61,23 +60,18 @@ struct Sums {
 
 // What sums of `columns` of these tokens begin with; zeros: of row g and of row g + 8.
 DEVICE void begin_sums(float (*sums)[4], const float* token_sums, int columns, [[maybe_unused]] u32 zeros) {
+  const float above = ZERO ? (float)(zeros & 255) : OFFSET, below = (ZERO ? (float)(zeros >> 8) : OFFSET) * (1 << ROW_UP);
 #pragma unroll
   for (int mt = 0; mt < MT; mt++) {
     const float* from = token_sums + 8 * mt + 2 * (lane_id() & 3);
-    float2 first = {0, 0}, plain = {0, 0};
+    float2 sum = {0, 0};
 #pragma unroll
-    for (int i = 0; i < columns / GRAIN * SUMS; i++) {
+    for (int i = 0; i < columns / GRAIN; i++) {
       const float2 more = *(const float2*)(from + i * FEW_TOKENS);
-      float2& sum = i % SUMS ? plain : first;
       sum.x += more.x, sum.y += more.y;
     }
-    if (ZERO) {
-      const float above = (SUMS == 2 ? 0 : BIAS) + (float)(zeros & 255), below = (SUMS == 2 ? 0 : BIAS) + (float)(zeros >> 8);
-      const float2 of = SUMS == 2 ? plain : first;
-      sums[mt][0] -= above * of.x, sums[mt][1] -= above * of.y, sums[mt][2] -= below * of.x, sums[mt][3] -= below * of.y;
-    }
-    if (!ZERO || SUMS == 2)
-      sums[mt][0] -= first.x, sums[mt][1] -= first.y, sums[mt][2] -= first.x, sums[mt][3] -= first.y;
+    sums[mt][0] -= above * sum.x, sums[mt][1] -= above * sum.y;
+    sums[mt][2] -= below * sum.x, sums[mt][3] -= below * sum.y;
   }
 }
 
@@ -87,7 +81,7 @@ DEVICE void few_unit(const Unit& unit, u32 tokens, u32 token_stride, const float
   Sums group = {};
 #else
   Sums& group = total;
-  if (BIASED)
+  if (BARE)
 #pragma unroll
     for (int rt = 0; rt < RT; rt++) begin_sums(total.of[rt], token_sums, UNIT, 0);
 #endif
@@ -105,15 +99,15 @@ DEVICE void few_unit(const Unit& unit, u32 tokens, u32 token_stride, const float
 #pragma unroll
         for (int rt = 0; rt < RT; rt++) {
 #if GROUP
-          if (BIASED && column % GROUP == 0)
-            begin_sums(group.of[rt], token_sums + column / GRAIN * SUMS * FEW_TOKENS, GROUP, unit.zero[rt][column / GROUP]);
+          if (BARE && column % GROUP == 0)
+            begin_sums(group.of[rt], token_sums + column / GRAIN * FEW_TOKENS, GROUP, unit.zero[rt][column / GROUP]);
 #endif
           u32 a[4];
-#if BIASED
+#if BARE
 #pragma unroll
           for (int r = 0; r < 4; r++) a[r] = raw(unit.words[rt][b], step + half, r);
 #else
-          Offsets offset;
+          u32 offset[2];
 #if ZERO
           offsets(unit.zero[rt][column / GROUP], offset);
 #else
@@ -145,7 +139,7 @@ DEVICE void few_unit(const Unit& unit, u32 tokens, u32 token_stride, const float
 }
 
 // Sums over the GRAIN / 8 lanes that have a grain, of four values at a time: a lane hands on those that another adds up. It
-// ends with value lane % 4. After two lanes, of value lane % 2 and of value lane % 2 + 2.
+// ends with value lane % 4; after two lanes with value lane % 2 and value lane % 2 + 2.
 DEVICE void sum_of_two_lanes(const float* four, float* two) {
   const bool odd = threadIdx.x & 1;
 #pragma unroll
@@ -223,48 +217,61 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
   spread_table(pairs);
 
   const int width = units * UNIT, pitch = 2 * width + 16;  // columns of x; bytes: rows begin 4 banks apart
-  float* token_sums = parts + (most + WARPS) * PART;       // [columns / GRAIN][SUMS][tokens]
-  const u32 base = shared_address(token_sums + (BIASED ? width / GRAIN * SUMS * FEW_TOKENS : 0));
-  // Of this thread's columns, 8 (of 64): what their weights are too large by, and what is taken off a sum of theirs.
-  const int up = up_of(threadIdx.x);
-  const float taken = ZERO && !MOVED ? 1 : (BIAS / (1 << up) + (ZERO ? 0 : OFFSET));
+  float* token_sums = parts + (most + WARPS) * PART;       // [columns / GRAIN][tokens]
+  const u32 base = shared_address(token_sums + (BARE ? width / GRAIN * FEW_TOKENS : 0));
+  // Of this thread's columns, 8 (of 64): what their tokens are multiplied by.
+  [[maybe_unused]] const u32 lift = ONES + (LIFT - up_of(threadIdx.x)) * 0x00800080;
   wait_for_inputs();
   auto keep = [&](uint4 eight, int row, int i) {  // -> their sum
     const float sum = sum_of(eight.x) + sum_of(eight.y) + sum_of(eight.z) + sum_of(eight.w);
-#if MOVED
-    const u32 down = ONES - up * 0x00800080u;
-    eight = {times(eight.x, down), times(eight.y, down), times(eight.z, down), times(eight.w, down)};
-#endif
-    if (8 * i < width && row < m) write_tokens(base + row * pitch + 16 * i, eight);
-    return sum;
+    if (LIFT) eight = {times(eight.x, lift), times(eight.y, lift), times(eight.z, lift), times(eight.w, lift)};
+    if (8 * i < width) write_tokens(base + row * pitch + 16 * i, eight);
+    return sum / ABOVE;
   };
-  constexpr int AT_ONCE = 4;  // loads on their way to a thread: of one row, or of as many. Whole warps, for the sums
-  const int step = m == 1 ? FEW_THREADS : 0, rows = m == 1 ? 1 : AT_ONCE;
-  for (int first_row = 0; first_row < m; first_row += rows)
-    for (int begin = threadIdx.x; begin - lane < width / 8; begin += m == 1 ? AT_ONCE * FEW_THREADS : FEW_THREADS) {
+  // A load takes as long as a hundred instructions: AT_ONCE of one row are on their way to a thread, or of as many rows.
+  // Loops are left by whole warps, which add up together.
+  constexpr int AT_ONCE = 4;
+  if (m == 1) {
+    for (int begin = threadIdx.x; begin - lane < width / 8; begin += AT_ONCE * FEW_THREADS) {
       uint4 eight[AT_ONCE];
 #pragma unroll
       for (int j = 0; j < AT_ONCE; j++) {
-        const int row = first_row + (m == 1 ? 0 : j), i = begin + j * step, column = start * UNIT + 8 * i;
+        const int i = begin + j * FEW_THREADS, column = start * UNIT + 8 * i;
         eight[j] = {0, 0, 0, 0};
-        if (row < m && 8 * i < width && column < k) read_tokens(eight[j], x + (u64)row * k + column);
+        if (8 * i < width && column < k) read_tokens(eight[j], x + column);
       }
-      float sums[SUMS][AT_ONCE];
 #pragma unroll
       for (int j = 0; j < AT_ONCE; j++) {
-        const float sum = keep(eight[j], first_row + (m == 1 ? 0 : j), begin + j * step);
-        sums[0][j] = sum * taken;
-        if (SUMS == 2) sums[SUMS - 1][j] = sum;
-      }
-      if (!BIASED) continue;
+        const int i = begin + j * FEW_THREADS;
+        if (i - lane >= width / 8) break;
+        float sum = keep(eight[j], 0, i);
+        if (!BARE) continue;
 #pragma unroll
-      for (int kind = 0; kind < SUMS; kind++) {
+        for (int other = 1; other < GRAIN / 8; other *= 2) sum += __shfl_xor_sync(0xffffffff, sum, other);
+        if (8 * i < width && i % (GRAIN / 8) == 0) token_sums[8 * i / GRAIN * FEW_TOKENS] = sum;
+      }
+    }
+  } else {
+    for (int first_row = 0; first_row < m; first_row += AT_ONCE)
+      for (int i = threadIdx.x; i - lane < width / 8; i += FEW_THREADS) {
+        const int column = start * UNIT + 8 * i;
+        uint4 eight[AT_ONCE];
+        float sums[AT_ONCE] = {}, two[2];
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++) {
+          eight[j] = {0, 0, 0, 0};
+          if (first_row + j < m && 8 * i < width && column < k) read_tokens(eight[j], x + (u64)(first_row + j) * k + column);
+        }
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++) {
+          if (first_row + j >= m) break;
+          sums[j] = keep(eight[j], first_row + j, i);
+        }
+        if (!BARE) continue;
         auto put_sum = [&](float sum, int j) {
-          const int row = first_row + (m == 1 ? 0 : j), i = begin + j * step;
-          if (8 * i < width && row < m) token_sums[(8 * i / GRAIN * SUMS + kind) * FEW_TOKENS + row] = sum;
+          if (first_row + j < m && 8 * i < width) token_sums[8 * i / GRAIN * FEW_TOKENS + first_row + j] = sum;
         };
-        float two[2];
-        sum_of_two_lanes(sums[kind], two);
+        sum_of_two_lanes(sums, two);
         if (GRAIN == 16)
           put_sum(two[0], lane & 1), put_sum(two[1], 2 | lane & 1);
         else {
@@ -272,7 +279,7 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
           if (lane % (GRAIN / 8) < AT_ONCE) put_sum(sum, lane & 3);
         }
       }
-    }
+  }
   __syncthreads();
 
   // Lane l names row l % 8 of matrix l / 8. Rows past the last token hold anything: a token's sums are its own, and
@@ -293,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
 #else
       const Unit& now = ring[d];
 #endif
-      few_unit(now, tokens + 2 * unit * UNIT, 8 * pitch, token_sums + unit * UNIT / GRAIN * SUMS * FEW_TOKENS, total);
+      few_unit(now, tokens + 2 * unit * UNIT, 8 * pitch, token_sums + unit * UNIT / GRAIN * FEW_TOKENS, total);
       fetch_next(d);  // the lanes of a warp multiply together, so all have read
       if (++unit < units && at + d + 1 < last) continue;
 #pragma unroll
@@ -302,7 +309,8 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, RESIDENT)
         for (int mt = 0; mt < MT; mt++)
 #pragma unroll
           for (int i = 0; i < 4; i++)
-            parts[part * PART + (8 * mt + 2 * c + (i & 1)) * PITCH + 16 * rt + g + 8 * (i >> 1)] = total.of[rt][mt][i];
+            parts[part * PART + (8 * mt + 2 * c + (i & 1)) * PITCH + 16 * rt + g + 8 * (i >> 1)] =
+                (i & 2 ? BELOW : ABOVE) * total.of[rt][mt][i];
       total = {};
       unit = 0;
       part++;

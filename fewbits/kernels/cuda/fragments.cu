@@ -33,11 +33,14 @@ constexpr int COLUMNS = 16 * STEPS;
 constexpr int BLOCKS = UNIT / COLUMNS;
 constexpr int SCALES = GROUP ? UNIT / GROUP : 0;
 
-#if HALF
-[[maybe_unused]] constexpr u32 MAGIC = 0x64006400, ONES = 0x3c003c00;  // 1024 + code: a float16 whose last bits are the code
-#else
-[[maybe_unused]] constexpr u32 MAGIC = 0x43004300, ONES = 0x3f803f80;  // 128 + code: a bfloat16 whose last bits are the code
-#endif
+[[maybe_unused]] constexpr u32 ONES = HALF ? 0x3c003c00 : 0x3f803f80;  // twice, in 16 bits
+
+// A code with zeros around it is a number of 16 bits: if it lies in the last ones code * 2^-133 in bfloat16, code * 2^-24 in
+// float16, for the subnormals and the first binade after them have the same distance from one to the next. `up` bits higher
+// it counts 2^up times as much. So codes are masked where they lie in the last 8 bits of a bfloat16, two or more after one
+// shift, and need nothing added.
+#define BARE (BITS < 8 && !TABLE)
+[[maybe_unused]] constexpr float LEVEL = BARE ? (HALF ? 512 : 64) : 1;  // what `levels` are divided by
 
 extern __shared__ __align__(1024) u8 memory[];  // begins with the table of pairs, where there is one
 
@@ -71,24 +74,22 @@ DEVICE u32 permute(u32 a, u32 b, u32 selector) {
   return out;
 }
 #if HALF
-DEVICE u32 plus(u32 a, int, u32 b) { u32 out; asm("add.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b)); return out; }
+DEVICE u32 fused(u32 a, u32 b, u32 c) {  // a * b + c
+  u32 out;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+  return out;
+}
 DEVICE u32 times(u32 a, u32 b) { u32 out; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b)); return out; }
 DEVICE u32 pair(float low, float high) {
   u32 out; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low)); return out;
 }
 #else
-// a / 2^up + b: fma, for sm_80 knows no bfloat16 addition
-DEVICE u32 plus(u32 a, int up, u32 b) {
+DEVICE u32 fused(u32 a, u32 b, u32 c) {  // a * b + c
   u32 out;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(ONES - up * 0x00800080u), "r"(b));
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
   return out;
 }
-// a + 0 * b would be needed for the sign of zero, which no product minds
-DEVICE u32 times(u32 a, u32 b) {
-  u32 out;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(0x80008000u));
-  return out;
-}
+DEVICE u32 times(u32 a, u32 b) { return fused(a, b, 0x80008000u); }  // sm_80 knows no product
 DEVICE u32 pair(float low, float high) {
   u32 out; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low)); return out;
 }
@@ -221,29 +222,29 @@ DEVICE void fetch(Stream& from, int units, Unit& to) {  // units: of a tile, fro
 }
 
 // Where register r (0..3) of tile `step` of a block lies: code n of the halves of a word, moved up `up` bits in what is read of
-// it. A shift of a word brings as many codes as have room into the 7 bits of a bfloat16, of two bits three, of three bits
-// two; a code that is moved up counts 2^up times as much, which a product makes good. It is the same for rows g and g + 8,
-// that is for 8 columns of the weight. A float16 may lose digits by such a factor.
-#define MOVED (BITS < 4 && !TABLE && !HALF)
+// it. Of 4 bits those of row g + 8 are moved up by ROW_UP, of less those of some columns, 8 at a time, in which tokens are
+// divided by as much; in float16 they might lose digits, so there each code has a shift of its own.
+constexpr int ROW_UP = BARE && BITS == 4 ? 4 : 0;
+#define MOVED (BARE && BITS < 4 && !HALF)
 struct Place {
   int word, n, up;
 };
-DEVICE constexpr int up_of(int columns) {  // the same for columns 8 * columns + 0 .. 7
-  return MOVED ? (BITS == 2 ? 0x20420420 : 0x41303030) >> columns % 8 * 4 & 15 : 0;
+DEVICE constexpr int up_of(int columns) {  // of columns 8 * columns + 0 .. 7
+  return MOVED ? (BITS == 2 ? 0x64206420 : 0x41303030) >> columns % 8 * 4 & 15 : 0;
 }
 DEVICE constexpr Place place(int step, int r) {
-  const int columns = 2 * step + r / 2, of = columns % 8 * 4;
+  [[maybe_unused]] const int columns = 2 * step + r / 2, of = columns % 8 * 4;
 #if BITS == 2
   return {columns / 8 * 2 + r % 2, columns % 8, up_of(columns)};
 #elif BITS == 3  // n 5: in the bits that five codes leave of three words
   const int word = columns / 8 * 3 + ((r % 2 ? 0x00211111 : 0x00222200) >> of & 15);
   return {word, (r % 2 ? 0x54443210 : 0x32321010) >> of & 15, up_of(columns)};
 #else
-  return {step, r, 0};
+  return {step, r, r % 2 * ROW_UP};
 #endif
 }
 
-// Register r of tile `step`, before a zero point is taken off.
+// Register r of tile `step`: a bare code, or the level of a table.
 DEVICE u32 raw(const u32* q, int step, int r) {
 #if BITS == 8
   return 0;
@@ -259,22 +260,17 @@ DEVICE u32 raw(const u32* q, int step, int r) {
   return *(const u32*)(memory + at);
 #else
   if (BITS == 3 && in.n == 5) {
-    u32 bits = and_or(three[0] >> (15 - in.up), 0x00010001 << in.up, MAGIC);
+    u32 bits = three[0] >> (15 - in.up) & 0x00010001 << in.up;
     bits = and_or(three[1] >> (14 - in.up), 0x00020002 << in.up, bits);
     return and_or(three[2] >> (13 - in.up), 0x00040004 << in.up, bits);
   }
-  return and_or(word >> (BITS * in.n - in.up), ((1 << BITS) - 1) * 0x00010001 << in.up, MAGIC);
+  return word >> (BITS * in.n - in.up) & ((1 << BITS) - 1) * 0x00010001 << in.up;
 #endif
 #endif
 }
 
-// What is taken off: of codes of 8 bits an integer; else twice in 16 bits, negative, BIAS / 2^up and the zero point.
-struct Offsets {
-  u32 of[2][MOVED ? 5 : 1];  // of row g and of row g + 8, for every `up`
-};
-
-// The four registers of a tile: whole levels less their zero point.
-DEVICE void levels(const u32* q, int step, const Offsets& offset, u32* a) {
+// The four registers of a tile: levels less their zero point, over LEVEL. `offset`: of row g and of row g + 8.
+DEVICE void levels(const u32* q, int step, const u32* offset, u32* a) {
 #pragma unroll
   for (int r = 0; r < 4; r++) {
 #if TABLE
@@ -282,27 +278,25 @@ DEVICE void levels(const u32* q, int step, const Offsets& offset, u32* a) {
 #elif BITS == 8
     // 2^23 + code, a float32 whose last bits are the code: 8 bits are one too many for a bfloat16
     const u32 word = q[2 * step + r / 2], byte = 2 * (r & 1);
-    const float bias = __uint_as_float(0x4b000000u + offset.of[r & 1][0]);
+    const float bias = __uint_as_float(0x4b000000u + offset[r & 1]);
     a[r] = pair(__uint_as_float(permute(word, 0x4b000000u, 0x7540 + byte)) - bias,
                 __uint_as_float(permute(word, 0x4b000000u, 0x7541 + byte)) - bias);
 #else
-    const int up = place(step, r).up;
-    a[r] = plus(raw(q, step, r), up, offset.of[r & 1][up]);
+    const int up = place(step, r).up;  // times the largest power of two over 2^up
+    a[r] = fused(raw(q, step, r), HALF ? 0x78007800 - up * 0x04000400 : 0x7f007f00 - up * 0x00800080, offset[r & 1]);
 #endif
   }
 }
 
-// From the bytes of the zero points of row g and of row g + 8.
-DEVICE void offsets(u32 zeros, Offsets& offset) {
+// What is added to the codes of row g and of row g + 8, from the bytes of their zero points; of 8 bits, what is taken off.
+DEVICE void offsets(u32 zeros, u32* offset) {
 #pragma unroll
   for (int low = 0; low < 2; low++) {
 #if BITS == 8
-    offset.of[low][0] = ZERO ? zeros >> 8 * low & 255 : OFFSET;
+    offset[low] = ZERO ? zeros >> 8 * low & 255 : OFFSET;
 #else
-    const u32 zero = ZERO ? permute(zeros, 0, low ? 0x4141 : 0x4040) : OFFSET * 0x00010001u;
-#pragma unroll
-    for (int up = 0; up < (MOVED ? 5 : 1); up++)  // one less in the exponent, and the digits so much higher
-      offset.of[low][up] = (MAGIC | 0x80008000u) - up * 0x00800080u + (zero << up);
+    const u32 zero = ZERO ? permute(zeros, 0, low ? 0x4141 : 0x4040) : OFFSET * 0x00010001u;  // a bare code, too
+    offset[low] = times(zero, HALF ? 0xf800f800 : 0xff00ff00);
 #endif
   }
 }

@@ -297,7 +297,8 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
   while (work.next()) {
     place(work.tile, m, n, &first_row, &first_token);
     const int row = first_row + 16 * warp + (lane >> 2);
-    const float top = row < n ? alpha[row] : 0, bottom = row + 8 < n ? alpha[row + 8] : 0;
+    const float level = E4M3 ? 1 : LEVEL, top = row < n ? level * alpha[row] : 0;
+    const float bottom = row + 8 < n ? level * alpha[row + 8] : 0;
     float acc[NT / 2], apart[APART ? NT / 2 : 1];
 #pragma unroll
     for (int i = 0; i < NT / 2; i++) acc[i] = 0;
@@ -307,8 +308,7 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, RESIDENT)
       for (int i = 0; i < NT / 2; i++) acc[i] += (i & 2 ? below : above) * apart[APART ? i : 0];
     };
 #if !E4M3
-    Offsets offset;  // of this group
-    u32 low = ONES, high = ONES;  // its scales, twice in 16 bits
+    u32 offset[2], low = ONES, high = ONES;  // of this group: what is added to codes, and scales, twice in 16 bits
     offsets(0, offset);
     [[maybe_unused]] auto read_group = [&](u32 stage, int group, float& of_top, float& of_bottom) {
       const u32 scale = read1(scales + stage + group * 32);
