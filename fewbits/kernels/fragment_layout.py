@@ -32,7 +32,7 @@ from torch.nn import functional
 ROWS = 64  # rows are padded to the most that a warp takes
 _BLOCK_COLUMNS = 128  # whole blocks of words for every width; two turns of `many`
 # Which of the 16 registers of four tiles, 4 tile + r, lies where: those of rows g and g + 8, 2 p and 2 p + 1, are to be
-# moved up equally by the shifts that bring several into the 7 bits of a bfloat16 (cuda/fragments.cu, `place`).
+# moved up equally by the shifts that bring several into the last 8 bits of a bfloat16 (cuda/fragments.cu, `place`).
 _PLACES = {
     2: [0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15],
     3: [0, 2, 12, 14, 13, 1, 3, 5, 7, 9, 4, 6, 8, 10, 11, 15],
