@@ -32,23 +32,6 @@ def add(name: str, file: Path, measured: str) -> None:
     save(name, record, measured)
 
 
-def with_earlier(name: str, record: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """`record` with the contestants that failed in it as an earlier one of the device has them; and which those are."""
-    said = ""
-    for who in record["absent"]:
-        for path, other in every(name):
-            if other["device"] != record["device"] or who not in other["accuracy"]:
-                continue
-            named = f"{who} (earlier)"
-            rows = [row | {"who": named} for row in other["rows"] if row["who"] == who]
-            record = record | {
-                "rows": [*record["rows"], *rows], "accuracy": record["accuracy"] | {named: other["accuracy"][who]},
-            }  # fmt: skip
-            said += f" {who} failed in that run; its figures are from {source_line(path)[5:-1]}."
-            break
-    return record, said
-
-
 def newest(part: str) -> tuple[Path, dict[str, Any]] | None:
     """Of the records of bench_gpu_w8a8_kv.py, the newest with this part."""
     return next((found for found in every("gpu_w8a8_kv") if part in found[1]), None)
@@ -121,10 +104,9 @@ def main() -> None:
         if found is None:
             continue
         path, record = found
-        record, earlier = with_earlier(name, record)
         device = f"{record['device']}, read bandwidth {record['bandwidth'] / 1e12:.2f} TB/s, microseconds."
         command = record["environment"]["command"]
-        text = f"{device} {source_line(path)[:-1]}, by `{command}`.{earlier}\n\n{markdown(*table(record))}"
+        text = f"{device} {source_line(path)[:-1]}, by `{command}`.\n\n{markdown(*table(record))}"
         key = name.replace(" ", "-")
         contents[key] = text
         contents[f"{key}-accuracy"] = markdown(*accuracy_table(record))

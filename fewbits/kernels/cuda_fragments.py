@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn import functional
 
 from fewbits.formats import Format, Quantized
@@ -67,7 +67,7 @@ def config_for(layout: Layout, n: int, k: int, m: int, device: int) -> Config | 
     return tuned.choice(name, major, layout, n, k, m, multiprocessors, limit)
 
 
-@torch.library.custom_op("fewbits::fragments_linear", mutates_args=(), device_types="cuda")
+@library.custom_op("fewbits::fragments_linear", mutates_args=(), device_types="cuda")
 def fragments_linear(
     x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, alpha: Tensor, table: Tensor | None, bits: int,
     group: int, offset: int,
@@ -104,7 +104,7 @@ def layout_for(spec: LinearSpec) -> Layout | No:
     return dataclasses.replace(layout, e4m3=inputs.grid.name == "fp8_e4m3" and by_token and whole)
 
 
-@torch.library.custom_op("fewbits::fragments_e4m3_linear", mutates_args=(), device_types="cuda")
+@library.custom_op("fewbits::fragments_e4m3_linear", mutates_args=(), device_types="cuda")
 def fragments_e4m3_linear(
     x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, alpha: Tensor, group: int, offset: int
 ) -> Tensor:

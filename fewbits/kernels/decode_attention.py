@@ -6,12 +6,12 @@ cuda_attention.py where it can, on Hopper GPUs and later; triton_attention.py ev
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from fewbits.kernels import cuda_attention
 
 
-@torch.library.custom_op("fewbits::decode_attention", mutates_args=())
+@library.custom_op("fewbits::decode_attention", mutates_args=())
 def decode_attention(
     q: Tensor, keys: Tensor, key_params: Tensor, values: Tensor, value_params: Tensor, lengths: Tensor, scale: float
 ) -> Tensor:

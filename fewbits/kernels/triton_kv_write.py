@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from fewbits.kernels.triton_quantize import _quotient
 
@@ -128,7 +128,7 @@ def write(
     )  # fmt: skip
 
 
-@torch.library.custom_op("fewbits::write_kv", mutates_args=("keys", "key_params", "values", "value_params"))
+@library.custom_op("fewbits::write_kv", mutates_args=("keys", "key_params", "values", "value_params"))
 def write_kv(
     k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, starts: Tensor,
     keys: Tensor, key_params: Tensor, values: Tensor, value_params: Tensor,

@@ -22,7 +22,7 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
@@ -147,7 +147,7 @@ def launch(
     return y
 
 
-@torch.library.custom_op("fewbits::scaled_product", mutates_args=())
+@library.custom_op("fewbits::scaled_product", mutates_args=())
 def scaled_product(
     x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, dtype: torch.dtype,
     apart_x: Tensor | None = None, apart_w: Tensor | None = None,

@@ -28,7 +28,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from fewbits.kernels import cuda_tokens
 
@@ -111,7 +111,7 @@ def _outputs(x: Tensor, dtype: torch.dtype, before: str, r: int) -> tuple[Tensor
     )
 
 
-@torch.library.custom_op("fewbits::quantize_tokens", mutates_args=())
+@library.custom_op("fewbits::quantize_tokens", mutates_args=())
 def quantize_tokens(
     x: Tensor, dtype: torch.dtype, top: float, low: float, high: float, before: str = "none",
     weight: Tensor | None = None, eps: float = 0.0,
