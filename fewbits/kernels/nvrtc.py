@@ -165,17 +165,18 @@ class TensorMap(ctypes.Structure):
     _fields_ = [("bytes", ctypes.c_uint8 * 128)]
 
 
-def tensor_map(x: Tensor, box: tuple[int, int], swizzled: bool = True) -> TensorMap:
-    """x [rows, columns], contiguous, rows of a multiple of 16 bytes, read in boxes of (rows, columns), with a 128-byte
-    swizzle or none; zeros beyond its edges."""
-    return tensor_map_at(x.data_ptr(), x.dtype, *x.shape, box, swizzled)
+def tensor_map(x: Tensor, box: tuple[int, int]) -> TensorMap:
+    """x [rows, columns], contiguous, rows of a multiple of 16 bytes, read in boxes of (rows, columns), in the 128-byte
+    swizzle; zeros beyond its edges."""
+    return tensor_map_at(x.data_ptr(), x.dtype, *x.shape, box, True)
 
 
 @lru_cache(maxsize=16384)  # those of a model's weights: an address and a shape are all that is in one
 def tensor_map_at(
     address: int, dtype: torch.dtype, rows: int, columns: int, box: tuple[int, int], swizzled: bool
 ) -> TensorMap:
-    """`tensor_map` of a matrix at this address, which is asked for at every product: a view takes longer to make."""
+    """`tensor_map` of a matrix at this address, swizzled or not, which is asked for at every product: a view takes
+    longer to make."""
     from cuda.bindings import driver
 
     kinds = driver.CUtensorMapDataType

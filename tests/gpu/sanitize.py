@@ -26,9 +26,9 @@ FORMATS = (
 TOKENS = (1, 3, 16, 40, 1100)  # few, many, and the weight decoded once
 
 
-def products() -> int:
+def products() -> None:
     """Weights times tokens in 16 bits, and in E4M3 where a kernel takes them."""
-    kernel, launched = KERNELS.get("cuda_fragments"), 0
+    kernel = KERNELS.get("cuda_fragments")
     for name in FORMATS:
         weight = parse_format(name).quantize(torch.randn(200, 1032, device=DEVICE))
         packed = kernel.prepack(weight)
@@ -41,26 +41,20 @@ def products() -> int:
             for dtype in (torch.bfloat16, torch.float16):
                 for tokens in TOKENS:
                     kernel.linear(torch.randn(tokens, 1032, device=DEVICE, dtype=dtype), packed, spec)
-                    launched += 1
-    return launched
 
 
-def rounding() -> int:
+def rounding() -> None:
     """Tokens to 8 bits, by CUDA C++ where rows are wide or nothing comes before."""
-    launched = 0
     for columns in (1000, 9000):
         x, weight = torch.randn(5, columns, device=DEVICE).bfloat16(), torch.rand(columns, device=DEVICE).bfloat16()
         for dtype, low, high in ((torch.float8_e4m3fn, -448.0, 448.0), (torch.int8, -128.0, 127.0)):
             quantize_tokens(x, dtype, high, low, high)
             quantize_tokens(x, dtype, high, low, high, "rms_norm", weight, 1e-5)
             quantize_tokens(torch.cat((x, x), 1), dtype, high, low, high, "silu")
-            launched += 3
-    return launched
 
 
-def attention() -> int:
+def attention() -> None:
     """One new token over a cache in tiles."""
-    launched = 0
     lengths = torch.tensor([700, 1, 300], dtype=torch.int32, device=DEVICE)
     for bits in (4, 8):
         for group in (32, 128):
@@ -68,11 +62,10 @@ def attention() -> int:
             for dtype in (torch.bfloat16, torch.float32):
                 q = torch.randn(3, 8, 128, device=DEVICE, dtype=dtype)
                 decode_attention(q, held.keys, held.key_params, held.values, held.value_params, lengths, 0.09)
-                launched += 1
-    return launched
 
 
 if __name__ == "__main__":
-    count = products() + rounding() + attention()
-    torch.cuda.synchronize()
-    print(f"{count} operations")
+    for launch in (products, rounding, attention):
+        launch()
+        torch.cuda.synchronize()
+        print(launch.__name__, "launched")

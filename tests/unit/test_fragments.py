@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -59,22 +60,18 @@ def test_less_than_four_bits_lie_where_the_kernel_looks() -> None:
     for bits, of_rows in places.items():
         codes = torch.randint(0, 1 << bits, (64, 128), dtype=torch.uint8)
         words = fragment_layout.pack(codes, layout(bits)).long() & 0xFFFFFFFF
-        for tile, block, lane in [(0, 0, 0), (1, 1, 5), (3, 0, 31), (2, 1, 18)]:
-            if bits == 2:
-                mine = words[tile, 0, 4 * lane + 2 * block :][:2]
+        lanes = [(0, 0, 0), (1, 1, 5), (3, 0, 31), (2, 1, 18)]
+        for (tile, block, lane), low, pair, i in itertools.product(lanes, range(2), range(8), range(2)):
+            mine = words[tile, 0, 4 * lane : 4 * lane + 4]
+            if bits == 3:
+                mine = torch.cat((mine, words[tile, 0, 128 + 2 * lane : 130 + 2 * lane]))
+            mine, place = mine[bits * block :][:bits], of_rows[low][pair]
+            if place is None:
+                found = sum((int(word) >> 15 + 16 * i & 1) << j for j, word in enumerate(mine))
             else:
-                four, two = words[tile, 0, 4 * lane : 4 * lane + 4], words[tile, 0, 128 + 2 * lane : 130 + 2 * lane]
-                mine = torch.cat((four, two))[3 * block :][:3]
-            for low, registers in enumerate(of_rows):
-                for pair, place in enumerate(registers):
-                    for i in range(2):
-                        column = 64 * block + 8 * pair + 2 * (lane % 4) + i
-                        code = int(codes[16 * tile + lane // 4 + 8 * low, column])
-                        if place is None:
-                            found = sum((int(word) >> 15 + 16 * i & 1) << j for j, word in enumerate(mine))
-                        else:
-                            found = int(mine[place[0]]) >> bits * place[1] + 16 * i & (1 << bits) - 1
-                        assert found == code, (bits, tile, block, lane, low, pair, i)
+                found = int(mine[place[0]]) >> bits * place[1] + 16 * i & (1 << bits) - 1
+            row, column = 16 * tile + lane // 4 + 8 * low, 64 * block + 8 * pair + 2 * (lane % 4) + i
+            assert found == codes[row, column], (bits, tile, block, lane, low, pair, i)
 
 
 @pytest.mark.parametrize(("dtype", "least", "last"), [(torch.bfloat16, -133, 255), (torch.float16, -24, 2047)])
